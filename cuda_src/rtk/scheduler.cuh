@@ -1,0 +1,96 @@
+// Hands out output tiles (block of queries, head, batch) to the blocks of a persistent grid.
+//
+// Heads are taken in groups whose K and V fit in L2 together; within a group the query blocks go from last to first,
+// which under a causal mask is longest first, so that the short ones fill the end of the wave.
+#pragma once
+#include <rtk/pipeline.cuh>
+
+namespace rtk {
+
+struct OutputTile {
+    int m_block;
+    int head;
+    int batch;
+};
+
+struct TileSchedule {
+    int num_m_blocks;
+    int num_heads;
+    int num_heads_total;  // heads times batch
+    int heads_per_group;
+
+    RTK_DEVICE int num_tiles() const { return num_m_blocks * num_heads_total; }
+
+    RTK_DEVICE OutputTile operator[](int index) const {
+        const int group_tiles = heads_per_group * num_m_blocks;
+        const int first_head = index / group_tiles * heads_per_group;
+        const int heads = min(heads_per_group, num_heads_total - first_head);
+        const int within = index % group_tiles;
+        const int head = first_head + within % heads;
+        return {num_m_blocks - 1 - within / heads, head % num_heads, head / num_heads};
+    }
+};
+
+// How a persistent block comes by its tiles.
+//
+// STATIC: every gridDim.x-th one; nothing to communicate. DYNAMIC: the next one not yet taken, from a counter in global
+// memory that starts at zero for every launch, which balances tiles of unequal length. The producer thread asks the
+// counter a tile ahead and tells the consumers through a ring in shared memory.
+enum Scheduler { STATIC = 0, DYNAMIC = 1 };
+
+struct TileRing {
+    static constexpr int STAGES = 2;
+    RingBarriers<STAGES> barriers;
+    int tile[STAGES];
+};
+
+template <int SCHEDULER>
+struct TileProducer {
+    TileRing& ring;
+    u32* counter;
+    RingPosition<TileRing::STAGES> position;
+
+    // Calls `run` for each tile of this block, until the tiles are used up.
+    template <class Run>
+    RTK_DEVICE void for_each(int num_tiles, Run run) {
+        int tile = blockIdx.x;
+        while (true) {
+            int next = tile + gridDim.x;
+            if constexpr (SCHEDULER == DYNAMIC) {
+                next = gridDim.x + atomicAdd(counter, 1u);
+                wait_empty(ring.barriers, position);
+                ring.tile[position.stage] = tile;
+                ring.barriers.full[position.stage].arrive();
+                position.advance();
+            }
+            if (tile >= num_tiles) break;
+            run(tile);
+            tile = next;
+        }
+    }
+};
+
+template <int SCHEDULER>
+struct TileConsumer {
+    TileRing& ring;
+    RingPosition<TileRing::STAGES> position;
+
+    template <class Run>
+    RTK_DEVICE void for_each(int num_tiles, Run run) {
+        int tile = blockIdx.x;
+        while (true) {
+            if constexpr (SCHEDULER == DYNAMIC) {
+                wait_full(ring.barriers, position);
+                tile = ring.tile[position.stage];
+                __syncwarp();
+                release(ring.barriers, position);
+                position.advance();
+            }
+            if (tile >= num_tiles) break;
+            run(tile);
+            tile += gridDim.x;
+        }
+    }
+};
+
+}  // namespace rtk

@@ -1,0 +1,121 @@
+"""The public functions: their documentation, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rtk import counters, ops
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    causal_align: str = "bottom-right",
+    window_size: tuple[int | None, int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    out: Any = None,
+    config: Any = None,
+    batch_invariant: bool = False,
+    sm_margin: int = 0,
+) -> Any:
+    """softmax(scale * q k^T) v without the matrix of scores in memory (FlashAttention-3, arXiv:2407.08608).
+
+    On a Hopper GPU the kernel for the shape in hand is compiled by NVRTC when it is first asked for, and kept on disk.
+    On the CPU the same call runs in NumPy.
+
+    Args:
+        q: (batch, heads_q, seqlen_q, head_dim), in layout "bshd" (batch, seqlen_q, heads_q, head_dim). A CuPy, torch or
+            NumPy array, or any array with `__dlpack__`. float16 or bfloat16; on the CPU also float32 and float64.
+            head_dim is a multiple of 8 up to 256.
+        k: (batch, heads_kv, seqlen_k, head_dim). heads_q is a multiple of heads_kv: query head h reads head
+            h // (heads_q // heads_kv).
+        v: (batch, heads_kv, seqlen_k, head_dim_v); head_dim_v too is a multiple of 8 up to 256.
+        causal: a query sees no key after its own position.
+        causal_align: where the diagonal lies when seqlen_q and seqlen_k differ, for `causal` and `window_size` alike.
+            "bottom-right": the last query stands at the last key (FlashAttention); "top-left": the first at the first
+            (torch's is_causal).
+        window_size: (left, right), how many keys before and after its own position a query sees, bounds included. None
+            or -1 is unbounded.
+        softmax_scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
+        softcap: c > 0 replaces a score s by c * tanh(s / c), after scaling and before masking.
+        layout: "bhsd" or "bshd", of q, k, v and the result.
+        return_lse: also return the log-sum-exp.
+        out: an array to write to, of the result's shape, dtype and device, which shares no memory with the inputs.
+        config: a tile configuration to use instead of the chosen one: an `AttentionFwdConfig`, or a dict of some of its
+            fields, as {"BLOCK_M": 128, "BLOCK_N": 96}.
+        batch_invariant: choose without looking at the batch, so that a sequence gives the same bits whatever else is in
+            the batch.
+        sm_margin: multiprocessors to leave free for other work.
+
+    Returns:
+        o: q's shape with head_dim_v as last dimension, in q's dtype, of q's library, on q's device. With return_lse a
+        pair (o, lse), lse float32 (batch, heads_q, seqlen_q), natural logarithm; float64 for float64 inputs. A query
+        that sees no key has o = 0 and lse = -inf.
+
+        The work is enqueued on the caller's current stream. Repeats of a call give the same bits. A NaN or infinity in
+        a key or value that is masked may reach queries whose tile holds it; beyond seqlen_k nothing is ever read.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or values that do not fit each other.
+        UnsupportedError: what this GPU or this build cannot do. Both name the argument, and nothing was launched.
+        ToolchainError: NVRTC, CuPy or the driver is missing; `rtk doctor` says what to install.
+    """
+    return ops.attention_fwd(
+        q,
+        k,
+        v,
+        causal=causal,
+        causal_align=causal_align,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        layout=layout,
+        return_lse=return_lse,
+        out=out,
+        config=config,
+        batch_invariant=batch_invariant,
+        sm_margin=sm_margin,
+    )
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """`attention` in the form FlashAttention's users know: (batch, seqlen, heads, head_dim), windows unbounded at -1.
+
+    Shapes, dtypes, returned values and errors are those of `attention` with layout="bshd".
+    """
+    return ops.attention_fwd(
+        q,
+        k,
+        v,
+        causal=causal,
+        causal_align="bottom-right",
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        layout="bshd",
+        return_lse=return_lse,
+        out=None,
+        config=None,
+        batch_invariant=False,
+        sm_margin=0,
+    )
+
+
+def stats() -> dict[str, int]:
+    """Counts since the process began: calls, launches, plans made, arrays that had to be copied."""
+    return counters.snapshot()

@@ -1,0 +1,105 @@
+"""The command line: ``rtk demo``, ``rtk doctor`` and ``rtk cache``; also ``python -m rtk.cli``.
+
+Exit codes: 0 the command did all it says, 1 it did not (the reason is printed), 2 the command line was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import rtk
+from rtk.errors import RtkError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. argv: the arguments after the program's name, None for sys.argv. Returns the exit code."""
+    try:
+        try:
+            arguments = _parser().parse_args(argv)
+            return int(arguments.run(arguments))
+        finally:
+            sys.stdout.flush()  # here, so that a closed pipe is met where it can be handled
+    except RtkError as error:
+        if os.environ.get("RTK_DEBUG") == "1":
+            raise
+        text = str(error)
+        print(text if text.startswith("rtk:") else f"rtk: {text}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("rtk: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `rtk doctor | head`: not an error, and no second complaint while Python shuts down
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rtk", description="Hopper attention, compiled for the shape in hand.")
+    parser.add_argument("--version", action="version", version=f"rtk {rtk.__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="compute attention here, verify it against float64, and show the kernels",
+        description="With a Hopper GPU: compile, run, verify and time attention. Without one: run the CPU path on a "
+        "smaller input, verify it, and compile the Hopper kernels all the same.",
+    )
+    demo.add_argument("--batch", type=_positive, help="sequences (GPU: 4, CPU: 1)")
+    demo.add_argument("--heads", type=_positive, help="query heads, and key/value heads (GPU: 16, CPU: 12)")
+    demo.add_argument("--seqlen", type=_positive, help="tokens in a sequence (GPU: 4096, CPU: 1024)")
+    demo.add_argument("--head-dim", type=_head_dim, help="a multiple of 8, at most 256 (GPU: 128, CPU: 64)")
+    demo.add_argument("--cpu", action="store_true", help="do what a machine without a GPU does")
+    demo.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has, what is missing, and the command that mends it",
+        description="Checks everything the GPU path needs. Exit code 0 only when that path can run.",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
+    doctor.set_defaults(run=_doctor)
+
+    cache = commands.add_parser("cache", help="where the compiled kernels are kept, how many, and removing them")
+    cache.add_argument("action", choices=["path", "stats", "clear"])
+    cache.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
+    cache.set_defaults(run=_cache)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _head_dim(text: str) -> int:
+    value = _positive(text)
+    if value % 8 or value > 256:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8 up to 256")
+    return value
+
+
+# Each command is imported only when it runs: `rtk --help` answers at once.
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from rtk.cli import demo
+
+    return demo.run(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rtk.cli import doctor
+
+    return doctor.run(arguments)
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from rtk.cli import cache
+
+    return cache.run(arguments)

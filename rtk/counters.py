@@ -1,0 +1,25 @@
+"""What the library did in this process: the numbers behind `rtk.stats()`."""
+
+from __future__ import annotations
+
+import threading
+
+_lock = threading.Lock()
+_counts = {
+    "calls": 0,  # of public functions
+    "launches": 0,  # of GPU kernels
+    "cpu_calls": 0,  # answered by the NumPy path
+    "inputs_copied": 0,  # arrays that TMA cannot read in place: copied first
+    "outputs_copied": 0,  # `out=` arrays written through a temporary
+    "plans": 0,  # made: a kernel chosen, loaded and prepared for one shape
+}
+
+
+def add(name: str, amount: int = 1) -> None:
+    with _lock:
+        _counts[name] += amount
+
+
+def snapshot() -> dict[str, int]:
+    with _lock:
+        return dict(_counts)

@@ -1,0 +1,162 @@
+"""The CUDA driver, called by ctypes: what CuPy does not reach (tensor maps, cheap launches), and device facts.
+
+Nothing here needs a driver at import; the first call that does raises ToolchainError where there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rtk.errors import DriverError, ToolchainError
+
+# CUdevice_attribute, CUfunction_attribute: numbers of cuda.h
+_SM_COUNT, _MEMORY_CLOCK_KHZ, _L2_BYTES, _CC_MAJOR, _CC_MINOR, _SHARED_OPTIN = 16, 36, 38, 75, 76, 97
+_MAX_DYNAMIC_SHARED_BYTES = 8
+
+
+@dataclass(frozen=True)
+class DeviceProperties:
+    """Facts of one GPU. Sizes in bytes, clocks in kHz."""
+
+    ordinal: int
+    name: str
+    uuid: str
+    compute_capability: tuple[int, int]
+    sm_count: int
+    l2_bytes: int
+    shared_bytes_per_block: int
+    memory_bytes: int
+    memory_clock_khz: int
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """libcuda, initialised. Raises ToolchainError without a driver or a device that answers."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        fix = "install the NVIDIA driver (libcuda.so.1), or pass arrays that live on the CPU"
+        raise ToolchainError(f"no NVIDIA driver: {error}", fix) from None
+    code = cuda.cuInit(0)
+    if code:
+        raise ToolchainError(f"the NVIDIA driver does not start: cuInit returned {code}", "run nvidia-smi")
+    return cuda
+
+
+def call(function: str, *arguments: object, detail: str = "") -> None:
+    """Calls a driver function; anything but CUDA_SUCCESS raises DriverError."""
+    code = getattr(library(), function)(*arguments)
+    if code:
+        raise DriverError(function, code, _error_name(code), detail)
+
+
+def _error_name(code: int) -> str:
+    text = ctypes.c_char_p()
+    library().cuGetErrorName(code, ctypes.byref(text))
+    return text.value.decode() if text.value else "unknown error"
+
+
+def available() -> bool:
+    """Whether a driver and at least one GPU answer."""
+    try:
+        return device_count() > 0
+    except (ToolchainError, DriverError):
+        return False
+
+
+def device_count() -> int:
+    count = ctypes.c_int()
+    call("cuDeviceGetCount", ctypes.byref(count))
+    return count.value
+
+
+def _attribute(ordinal: int, attribute: int) -> int:
+    value = ctypes.c_int()
+    call("cuDeviceGetAttribute", ctypes.byref(value), attribute, ordinal)
+    return value.value
+
+
+@functools.cache
+def device_properties(ordinal: int) -> DeviceProperties:
+    name = ctypes.create_string_buffer(256)
+    call("cuDeviceGetName", name, len(name), ordinal)
+    identity = (ctypes.c_ubyte * 16)()
+    call("cuDeviceGetUuid_v2", identity, ordinal)
+    memory = ctypes.c_size_t()
+    call("cuDeviceTotalMem_v2", ctypes.byref(memory), ordinal)
+    return DeviceProperties(
+        ordinal=ordinal,
+        name=name.value.decode(),
+        uuid=f"GPU-{uuid.UUID(bytes=bytes(identity))}",
+        compute_capability=(_attribute(ordinal, _CC_MAJOR), _attribute(ordinal, _CC_MINOR)),
+        sm_count=_attribute(ordinal, _SM_COUNT),
+        l2_bytes=_attribute(ordinal, _L2_BYTES),
+        shared_bytes_per_block=_attribute(ordinal, _SHARED_OPTIN),
+        memory_bytes=memory.value,
+        memory_clock_khz=_attribute(ordinal, _MEMORY_CLOCK_KHZ),
+    )
+
+
+@functools.cache
+def _primary_context(ordinal: int) -> ctypes.c_void_p:
+    """The context that CuPy and torch use too; kept for the life of the process."""
+    context = ctypes.c_void_p()
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal)
+    return context
+
+
+@contextlib.contextmanager
+def on_device(ordinal: int) -> Iterator[None]:
+    """Makes the device's primary context current for the calling thread, and restores what was."""
+    current = ctypes.c_void_p()
+    call("cuCtxGetCurrent", ctypes.byref(current))
+    wanted = _primary_context(ordinal)
+    if current.value == wanted.value:
+        yield
+        return
+    call("cuCtxPushCurrent_v2", wanted)
+    try:
+        yield
+    finally:
+        call("cuCtxPopCurrent_v2", ctypes.byref(current))
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel loaded on one device."""
+
+    handle: ctypes.c_void_p
+    ordinal: int
+
+    def launch(self, grid: int, threads: int, shared_bytes: int, stream: int, parameters: bytearray) -> None:
+        """Launches `grid` blocks on the stream; `parameters` is the kernel's one by-value argument."""
+        block = (ctypes.c_char * len(parameters)).from_buffer(parameters)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(block))
+        with on_device(self.ordinal):
+            shape = (grid, 1, 1, threads, 1, 1)
+            call("cuLaunchKernel", self.handle, *shape, shared_bytes, ctypes.c_void_p(stream), pointers, None)
+
+
+def zero(pointer: int, nbytes: int, ordinal: int, stream: int) -> None:
+    """Clears device memory, in the order of the stream. `nbytes` is a multiple of 4."""
+    with on_device(ordinal):
+        call("cuMemsetD32Async", ctypes.c_uint64(pointer), 0, ctypes.c_size_t(nbytes // 4), ctypes.c_void_p(stream))
+
+
+def load(cubin: bytes, name: str, ordinal: int, shared_bytes: int) -> Function:
+    """Loads a cubin on a device, allowing its kernel `shared_bytes` of dynamic shared memory.
+
+    The module is never unloaded: kernels are few, and unloading would synchronise the device.
+    """
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with on_device(ordinal):
+        call("cuModuleLoadData", ctypes.byref(module), cubin, detail=name)
+        call("cuModuleGetFunction", ctypes.byref(function), module, name.encode(), detail=name)
+        detail = f"{name}: {shared_bytes} bytes of shared memory"
+        call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes, detail=detail)
+    return Function(function, ordinal)

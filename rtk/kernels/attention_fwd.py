@@ -1,0 +1,303 @@
+"""Attention forward: the configurations of `cuda_src/attention_fwd.cuh`, which are legal, and which to take."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rtk.driver import DeviceProperties
+from rtk.problem import AttentionProblem
+from rtk.spec import SHARED_BYTES_PER_BLOCK, KernelSpec
+
+_ELEMENT_BYTES = 2
+_SWIZZLE_PERIOD_BYTES = 1024  # regions of shared memory start at multiples of the widest swizzle pattern
+_BARRIER_BYTES = 16  # a full and an empty mbarrier
+_TILE_RING_BYTES = 40
+# Registers of a consumer thread by the number of consumer warpgroups, as setmaxnreg grants them; and how many of them
+# addresses, row statistics and the unrolled code need besides the accumulators (found by compiling the whole space).
+_CONSUMER_REGISTERS = {1: 232, 2: 232, 3: 160}
+_OTHER_REGISTERS = {1: 36, 2: 36, 3: 30}
+_L2_SHARE_BYTES = 32 << 20  # K and V of the heads in flight should fit in this much of L2
+_USUAL_SM_COUNT = 132  # of H100 and H200: more tiles than this take more than one round
+_LOG2_E = 1.4426950408889634
+
+STATIC, DYNAMIC = 0, 1  # enum Scheduler
+
+
+@dataclass(frozen=True)
+class AttentionFwdConfig:
+    """Constants of one compiled kernel. The first group is free to choose, the second follows from the problem."""
+
+    BLOCK_M: int  # query rows of a block
+    BLOCK_N: int  # keys of a tile
+    STAGES: int  # K tiles, and V tiles, in flight
+    NUM_CONSUMER_WARPGROUPS: int  # of 64 query rows each
+    PINGPONG: bool  # consumers take turns at the tensor cores
+    SCHEDULER: int  # STATIC or DYNAMIC: see <rtk/scheduler.cuh>
+    SLAB_QK: int  # columns of Q and K stored side by side, one swizzle width: 16, 32 or 64
+    SLAB_V: int
+
+    HEAD_DIM: int
+    HEAD_DIM_V: int
+    BF16: bool
+    MASK_LEFT: bool
+    MASK_RIGHT: bool
+    SOFTCAP: bool
+    PRESCALE: bool  # softmax_scale <= 0: scores are scaled before their maximum is taken
+
+
+class AttentionFwdParams(ctypes.Structure):
+    """`rtk::AttentionFwdParams`, field by field."""
+
+    _fields_ = (
+        ("q_map", ctypes.c_byte * 128),
+        ("k_map", ctypes.c_byte * 128),
+        ("v_map", ctypes.c_byte * 128),
+        ("o", ctypes.c_uint64),
+        ("lse", ctypes.c_uint64),
+        ("tile_counter", ctypes.c_uint64),
+        ("o_batch_bytes", ctypes.c_int64),
+        ("o_head_bytes", ctypes.c_int64),
+        ("o_row_bytes", ctypes.c_int64),
+        ("num_m_blocks", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_heads_total", ctypes.c_int32),
+        ("heads_per_group", ctypes.c_int32),
+        ("seqlen_q", ctypes.c_int32),
+        ("seqlen_k", ctypes.c_int32),
+        ("diagonal_left", ctypes.c_int32),
+        ("diagonal_right", ctypes.c_int32),
+        ("heads_per_kv", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("_alignment", ctypes.c_byte * 32),  # tensor maps are aligned to 64 bytes, so the size is a multiple of it
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _slab(head_dim: int) -> int:
+    """The widest slab that wastes no shared memory; narrow ones cost TMA requests, so a little waste is accepted."""
+    padded = _round_up(head_dim, 16)
+    if _round_up(padded, 64) * 7 <= padded * 8:
+        return 64
+    return 32 if padded % 32 == 0 else 16
+
+
+def _tile_bytes(rows: int, head_dim: int, slab: int) -> int:
+    return _round_up(rows * _round_up(_round_up(head_dim, 16), slab) * _ELEMENT_BYTES, _SWIZZLE_PERIOD_BYTES)
+
+
+class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
+    name = "attention_fwd"
+    header = "attention_fwd.cuh"
+    parameters = AttentionFwdParams
+    parameters_cxx = "rtk::AttentionFwdParams"
+
+    # ------------------------------------------------------------------------------------------------- the config space
+
+    def config(self, problem: AttentionProblem, **choices: Any) -> AttentionFwdConfig:
+        """The problem's config with these choices; what is not named follows from the rest."""
+        consumers = int(choices.get("NUM_CONSUMER_WARPGROUPS", int(choices.get("BLOCK_M", 128)) // 64))
+        tiles = -(-problem.seqlen_q // max(64, 64 * consumers)) * problem.num_heads_q * problem.batch
+        fields: dict[str, Any] = {
+            "BLOCK_M": 64 * consumers,
+            "BLOCK_N": 128,
+            "STAGES": 2,
+            "NUM_CONSUMER_WARPGROUPS": consumers,
+            "PINGPONG": consumers > 1,
+            "SCHEDULER": DYNAMIC if tiles > _USUAL_SM_COUNT else STATIC,
+            "SLAB_QK": _slab(problem.head_dim),
+            "SLAB_V": _slab(problem.head_dim_v),
+            **self._specialization(problem),
+        }
+        return AttentionFwdConfig(**{**fields, **choices})
+
+    @staticmethod
+    def _specialization(problem: AttentionProblem) -> dict[str, int | bool]:
+        return {
+            "HEAD_DIM": problem.head_dim,
+            "HEAD_DIM_V": problem.head_dim_v,
+            "BF16": problem.dtype == "bfloat16",
+            "MASK_LEFT": problem.window_left is not None,
+            "MASK_RIGHT": problem.window_right is not None,
+            "SOFTCAP": problem.softcap > 0,
+            "PRESCALE": problem.softcap == 0 and problem.softmax_scale <= 0,
+        }
+
+    def refusal(self, problem: AttentionProblem, config: AttentionFwdConfig) -> str | None:
+        for name, needed in self._specialization(problem).items():
+            if getattr(config, name) != needed:
+                return f"{name} is {getattr(config, name)}, the call needs {needed}"
+        return self._illegal(config)
+
+    def _illegal(self, config: AttentionFwdConfig) -> str | None:
+        """Why no kernel can be built of this config, or None."""
+        consumers = config.NUM_CONSUMER_WARPGROUPS
+        if consumers not in _CONSUMER_REGISTERS:
+            return f"NUM_CONSUMER_WARPGROUPS is {consumers}, not 1, 2 or 3"
+        if config.BLOCK_M != 64 * consumers:
+            return f"BLOCK_M is {config.BLOCK_M}, not 64 rows for each of {consumers} consumer warpgroups"
+        if config.BLOCK_N % 16 or not 16 <= config.BLOCK_N <= 256:
+            return f"BLOCK_N is {config.BLOCK_N}, not a multiple of 16 up to 256"
+        if config.SCHEDULER not in (STATIC, DYNAMIC):
+            return f"SCHEDULER is {config.SCHEDULER}, not {STATIC} (static) or {DYNAMIC} (dynamic)"
+        if config.STAGES not in (1, 2, 3, 4):
+            return f"STAGES is {config.STAGES}, not 1 to 4"
+        if config.PINGPONG and consumers == 1:
+            return "PINGPONG needs two consumer warpgroups"
+        for slab, head_dim in ((config.SLAB_QK, config.HEAD_DIM), (config.SLAB_V, config.HEAD_DIM_V)):
+            if slab not in (16, 32, 64) or (slab != 64 and _round_up(head_dim, 16) % slab):
+                return f"a slab of {slab} columns does not divide head_dim {head_dim}"
+        # O, then S and P together; softcap keeps more of S's values in two forms at a time.
+        scores = config.BLOCK_N * (7 if config.SOFTCAP else 6) // 8
+        registers = _round_up(config.HEAD_DIM_V, 16) // 2 + scores + _OTHER_REGISTERS[consumers]
+        if registers > _CONSUMER_REGISTERS[consumers]:
+            return f"about {registers} registers a thread, of {_CONSUMER_REGISTERS[consumers]}"
+        if consumers == 3 and max(_round_up(config.HEAD_DIM_V, 16), config.BLOCK_N) > 192:
+            # Three consumers leave 128 registers a thread before setmaxnreg, and ptxas fits each wgmma into those.
+            return f"HEAD_DIM_V {config.HEAD_DIM_V} with BLOCK_N {config.BLOCK_N} is too wide for three consumers"
+        if self.shared_bytes(config) > SHARED_BYTES_PER_BLOCK:
+            return f"{self.shared_bytes(config)} bytes of shared memory, of {SHARED_BYTES_PER_BLOCK}"
+        return None
+
+    def configs(self, problem: AttentionProblem) -> list[AttentionFwdConfig]:
+        space = itertools.product((1, 2, 3), range(32, 193, 16), (2, 3), (False, True), (STATIC, DYNAMIC))
+        found = (
+            self.config(problem, NUM_CONSUMER_WARPGROUPS=c, BLOCK_N=n, STAGES=s, PINGPONG=p, SCHEDULER=k)
+            for c, n, s, p, k in space
+        )
+        return [config for config in found if self.refusal(problem, config) is None]
+
+    def pick(self, problem: AttentionProblem) -> AttentionFwdConfig:
+        masked = problem.window_left is not None or problem.window_right is not None
+        widest = max(problem.head_dim, problem.head_dim_v)
+        if widest <= 64:
+            consumers, block_n = 3, 128
+        elif widest <= 128:
+            consumers, block_n = 2, 128 if masked else 176
+        else:
+            consumers, block_n = 2, 112 if widest <= 192 else 80
+        # Query blocks that would be mostly empty rows.
+        consumers = min(consumers, max(1, -(-problem.seqlen_q // 64)))
+        while True:
+            pingpong = consumers > 1 and widest <= 128  # from 192 on, the products alone fill the time
+            config = self.config(problem, NUM_CONSUMER_WARPGROUPS=consumers, BLOCK_N=block_n, PINGPONG=pingpong)
+            if self.refusal(problem, config) is None:
+                return config
+            block_n -= 16
+
+    def samples(self) -> list[AttentionFwdConfig]:
+        return [self.pick(problem) for problem in _sample_problems()]
+
+    def label(self, config: AttentionFwdConfig) -> str:
+        flags = {
+            "pingpong": config.PINGPONG,
+            "dynamic": config.SCHEDULER == DYNAMIC,
+            "left": config.MASK_LEFT,
+            "right": config.MASK_RIGHT,
+            "softcap": config.SOFTCAP,
+            "prescale": config.PRESCALE,
+        }
+        dtype = "bf16" if config.BF16 else "fp16"
+        head = f"d{config.HEAD_DIM}x{config.HEAD_DIM_V}"
+        tile = f"m{config.BLOCK_M}n{config.BLOCK_N}s{config.STAGES}"
+        slabs = f"q{config.SLAB_QK}v{config.SLAB_V}"
+        return "_".join([self.name, dtype, head, tile, slabs, *(name for name, on in flags.items() if on)])
+
+    # ------------------------------------------------------------------------------------------------------- the launch
+
+    def threads(self, config: AttentionFwdConfig) -> int:
+        return 128 * (config.NUM_CONSUMER_WARPGROUPS + 1)
+
+    def shared_bytes(self, config: AttentionFwdConfig) -> int:
+        q = _tile_bytes(config.BLOCK_M, config.HEAD_DIM, config.SLAB_QK)
+        k = _tile_bytes(config.BLOCK_N, config.HEAD_DIM, config.SLAB_QK)
+        v = _tile_bytes(config.BLOCK_N, config.HEAD_DIM_V, config.SLAB_V)
+        return q + config.STAGES * (k + v) + _BARRIER_BYTES * (1 + 2 * config.STAGES) + _TILE_RING_BYTES
+
+    def grid(
+        self, problem: AttentionProblem, config: AttentionFwdConfig, device: DeviceProperties, sm_margin: int = 0
+    ) -> int:
+        tiles = -(-problem.seqlen_q // config.BLOCK_M) * problem.num_heads_q * problem.batch
+        return min(tiles, max(1, device.sm_count - sm_margin))
+
+    def workspace_bytes(self, config: AttentionFwdConfig) -> int:
+        """Device memory that must be zero when the kernel starts: the counter of the dynamic scheduler."""
+        return 4 if config.SCHEDULER == DYNAMIC else 0
+
+    def boxes(self, config: AttentionFwdConfig) -> tuple[tuple[int, int], ...]:
+        """(columns, rows) that one TMA request brings, for q, k and v."""
+        return (
+            (config.SLAB_QK, config.BLOCK_M),
+            (config.SLAB_QK, config.BLOCK_N),
+            (config.SLAB_V, config.BLOCK_N),
+        )
+
+    def scalars(self, problem: AttentionProblem, config: AttentionFwdConfig) -> AttentionFwdParams:
+        """The parameter block of a problem, without tensor maps, pointers and strides."""
+        params = AttentionFwdParams()
+        params.num_m_blocks = -(-problem.seqlen_q // config.BLOCK_M)
+        params.num_heads = problem.num_heads_q
+        params.num_heads_total = problem.num_heads_q * problem.batch
+        params.heads_per_group = self._heads_per_group(problem)
+        params.seqlen_q = problem.seqlen_q
+        params.seqlen_k = problem.seqlen_k
+        # Clipped to where every query sees everything or nothing, so that row + diagonal fits 32 bits.
+        lowest, highest = -problem.seqlen_q, problem.seqlen_k
+        params.diagonal_left = min(max(problem.diagonal - (problem.window_left or 0), lowest), highest)
+        params.diagonal_right = min(max(problem.diagonal + (problem.window_right or 0), lowest), highest)
+        params.heads_per_kv = problem.heads_per_kv
+        params.scale = problem.softmax_scale
+        scores_are_scaled = config.SOFTCAP or config.PRESCALE
+        params.scale_log2 = _LOG2_E if scores_are_scaled else problem.softmax_scale * _LOG2_E
+        params.softcap = problem.softcap
+        return params
+
+    @staticmethod
+    def _heads_per_group(problem: AttentionProblem) -> int:
+        """Heads whose query blocks are interleaved: one where all blocks are equally long, else as many as L2 holds.
+
+        Measured on an H200, causal, head_dim 128, in TFLOP/s: at seqlen 8192 1 MiB of L2 gives 578, 32 MiB 634, all
+        heads at once 635; at seqlen 1024 468, 485 and 384.
+        """
+        if problem.window_right is None:
+            return 1
+        kv_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * _ELEMENT_BYTES
+        kv_heads = max(1, _L2_SHARE_BYTES // max(kv_bytes, 1))
+        return min(kv_heads * problem.heads_per_kv, problem.num_heads_q * problem.batch)
+
+
+SPEC = AttentionFwd()
+
+
+def _sample_problems() -> list[AttentionProblem]:
+    base = AttentionProblem(2, 4, 2, 1024, 1024, 128, 128, "bfloat16", 0.1)
+    head_dims = (
+        (8, 8),
+        (24, 24),
+        (64, 64),
+        (72, 72),
+        (80, 80),
+        (96, 96),
+        (128, 128),
+        (160, 160),
+        (192, 192),
+        (256, 256),
+    )
+    pairs = (*head_dims, (192, 128), (64, 256), (128, 64), (40, 200))
+    masks: tuple[dict[str, Any], ...] = ({}, {"window_right": 0}, {"window_left": 128, "window_right": 0})
+    problems = []
+    for index, (head_dim, head_dim_v) in enumerate(pairs):
+        dtype = ("bfloat16", "float16")[index % 2]
+        for mask in masks:
+            problems.append(replace(base, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, **mask))
+    problems.append(replace(base, softcap=30.0, window_right=0))
+    problems.append(replace(base, softmax_scale=-0.1, dtype="float16"))
+    problems.append(replace(base, seqlen_q=1, head_dim=64, head_dim_v=64))
+    return problems

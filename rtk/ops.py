@@ -1,0 +1,282 @@
+"""attention_fwd for any array: check, allocate, choose, launch; or, on the CPU, compute."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+
+from rtk import arrays, counters, driver, reference, tma
+from rtk.arrays import Library, View
+from rtk.errors import ArgumentError, UnsupportedError
+from rtk.kernels.attention_fwd import SPEC, AttentionFwdConfig
+from rtk.launch import Plan, TensorOperand
+from rtk.operands import Operands, check_out
+from rtk.problem import AttentionProblem, attention_problem, is_integer, to_bhsd
+
+GPU_DTYPES = ("float16", "bfloat16")
+_PLANS_REMEMBERED = 4096
+
+_problem = functools.lru_cache(maxsize=_PLANS_REMEMBERED, typed=True)(attention_problem)
+_plans: dict[Any, Plan] = {}
+_planning = threading.Lock()
+
+
+def attention_fwd(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool,
+    causal_align: str,
+    window_size: Any,
+    softmax_scale: float | None,
+    softcap: float,
+    layout: str,
+    return_lse: bool,
+    out: Any,
+    config: Any,
+    batch_invariant: bool,
+    sm_margin: int,
+) -> Any:
+    """See rtk.attention. Returns o, or (o, lse) with return_lse."""
+    options: dict[str, Any] = {
+        "causal": causal,
+        "causal_align": causal_align,
+        "window_size": tuple(window_size) if isinstance(window_size, list) else window_size,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "layout": layout,
+    }
+    choices = _Choices(config, batch_invariant, sm_margin)
+    library = arrays.library_of(q)
+    if library is None:
+        return _through_dlpack(q, k, v, out, return_lse, options, choices)
+    for name, array in (("k", k), ("v", v), ("out", out)):
+        if arrays.library_of(array) is not library and not (name == "out" and array is None):
+            received = f"an object of type {type(array).__name__}"
+            raise ArgumentError(name, received, f"an array of {library.name}, as q is")
+    counters.add("calls")
+    operands = Operands(library, q, k, v)
+    problem = _checked_problem(operands, options)
+    _check_choices(problem, choices)
+    if out is not None:
+        check_out(operands, out, to_bhsd(problem.o_shape, layout))
+    device = operands.q.device
+    if device is None:
+        return _on_cpu(library, problem, q, k, v, out, layout, return_lse)
+    _check_gpu(problem, device, sm_margin)
+    if problem.is_empty:
+        return _empty_answer(operands, problem, out, layout, return_lse)
+    return _on_gpu(operands, problem, out, layout, return_lse, choices)
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What steers a launch and not its result's meaning, as received."""
+
+    config: Any
+    batch_invariant: bool
+    sm_margin: int
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _checked_problem(operands: Operands, options: Mapping[str, Any]) -> AttentionProblem:
+    shapes = (operands.q.shape, operands.k.shape, operands.v.shape, operands.q.dtype)
+    try:
+        return _problem(*shapes, **options)
+    except TypeError:  # an argument that cannot be hashed: the check itself says which, and what is accepted
+        return attention_problem(*shapes, **options)
+
+
+def _check_choices(problem: AttentionProblem, choices: _Choices) -> None:
+    margin = choices.sm_margin
+    if not is_integer(margin) or margin < 0:
+        raise ArgumentError("sm_margin", margin, "an integer of at least 0: multiprocessors to leave free")
+    if not isinstance(choices.batch_invariant, bool):
+        raise ArgumentError("batch_invariant", choices.batch_invariant, "True or False")
+    if choices.config is not None:
+        _pinned(problem, choices.config)
+
+
+def _pinned(problem: AttentionProblem, config: Any) -> AttentionFwdConfig:
+    """The config that the caller asked for, checked."""
+    accepted = "None, an AttentionFwdConfig, or a dict of some of its fields such as {'BLOCK_M': 128, 'BLOCK_N': 96}"
+    if isinstance(config, Mapping):
+        try:
+            config = SPEC.config(problem, **config)
+        except (TypeError, ValueError):
+            raise ArgumentError("config", dict(config), accepted) from None
+    if not isinstance(config, AttentionFwdConfig) or not all(isinstance(x, int) for x in astuple(config)):
+        raise ArgumentError("config", config, accepted)
+    reason = SPEC.refusal(problem, config)
+    if reason is not None:
+        raise ArgumentError("config", f"{config}: {reason}", "a config that can serve the call")
+    return config
+
+
+def _check_gpu(problem: AttentionProblem, device: int, sm_margin: int) -> None:
+    if problem.dtype not in GPU_DTYPES:
+        received = f"dtype {problem.dtype} on a GPU"
+        raise UnsupportedError("q", received, " or ".join(GPU_DTYPES), "float32 and float64 run on the CPU.")
+    properties = driver.device_properties(device)
+    if properties.compute_capability != (9, 0):
+        major, minor = properties.compute_capability
+        received = f"an array on cuda:{device}, {properties.name}, compute capability {major}.{minor}"
+        raise UnsupportedError("q", received, "a Hopper GPU (H100, H200, GH200), compute capability 9.0")
+    if sm_margin >= properties.sm_count:
+        raise ArgumentError("sm_margin", sm_margin, f"below the {properties.sm_count} multiprocessors of cuda:{device}")
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+
+def _on_gpu(
+    operands: Operands, problem: AttentionProblem, out: Any, layout: str, return_lse: bool, choices: _Choices
+) -> Any:
+    library, device = operands.library, operands.q.device
+    assert device is not None
+    operands.make_readable()
+    target = out
+    if out is not None:
+        view = library.view(out, "out")
+        if not tma.expressible(view.pointer, view.shape, view.strides):
+            counters.add("outputs_copied")
+            target = None
+    if target is None:
+        target = library.empty(to_bhsd(problem.o_shape, layout), problem.dtype, device)
+    lse = library.empty(problem.lse_shape, "float32", device) if return_lse else None
+    target_view = library.view(target, "out")
+    plan = _plan(problem, operands, target_view, layout, choices)
+    lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
+    tensors = [view.pointer for view in operands.views]
+    stream = library.stream(device)
+    workspace_pointer = 0
+    if plan.workspace_bytes:
+        # The call's own, from the caller's allocator: no other thread, stream or replay of a graph has it.
+        workspace = library.empty((plan.workspace_bytes // 4,), "float32", device)
+        workspace_pointer = library.view(workspace, "workspace").pointer
+        driver.zero(workspace_pointer, plan.workspace_bytes, device, stream)
+    plan.launch(tensors, (target_view.pointer, lse_pointer, workspace_pointer), stream)
+    if out is not None and target is not out:
+        library.assign(out, target)
+        target = out
+    return (target, lse) if return_lse else target
+
+
+def _plan(problem: AttentionProblem, operands: Operands, out: View, layout: str, choices: _Choices) -> Plan:
+    strides = tuple(view.strides for view in operands.views)
+    config = choices.config
+    pin = tuple(sorted(config.items())) if isinstance(config, Mapping) else config
+    key = (problem, strides, out.strides, out.device, layout, pin, choices.batch_invariant, choices.sm_margin)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _make_plan(problem, operands, out, layout, choices)
+        with _planning:
+            if len(_plans) >= _PLANS_REMEMBERED:
+                _plans.clear()
+            _plans[key] = plan
+    return plan
+
+
+def _make_plan(problem: AttentionProblem, operands: Operands, out: View, layout: str, choices: _Choices) -> Plan:
+    if choices.config is not None:
+        config = _pinned(problem, choices.config)
+    else:
+        config = SPEC.pick(problem.without_batch() if choices.batch_invariant else problem)
+    assert out.device is not None
+    params = SPEC.scalars(problem, config)
+    batch_stride, head_stride, row_stride, _ = to_bhsd(out.strides, layout)
+    params.o_batch_bytes, params.o_head_bytes, params.o_row_bytes = 2 * batch_stride, 2 * head_stride, 2 * row_stride
+    tensors = []
+    for name, view, box in zip("qkv", operands.views, SPEC.boxes(config), strict=True):
+        shape, strides = to_bhsd(view.shape, layout)[::-1], to_bhsd(view.strides, layout)[::-1]
+        tensors.append(TensorOperand(f"{name}_map", problem.dtype, shape, strides, (*box, 1, 1)))
+    return Plan(
+        SPEC.render(config),
+        out.device,
+        grid=SPEC.grid(problem, config, driver.device_properties(out.device), choices.sm_margin),
+        threads=SPEC.threads(config),
+        shared_bytes=SPEC.shared_bytes(config),
+        parameters=params,
+        tensors=tensors,
+        pointers=("o", "lse", "tile_counter"),
+        workspace_bytes=SPEC.workspace_bytes(config),
+    )
+
+
+def _empty_answer(operands: Operands, problem: AttentionProblem, out: Any, layout: str, return_lse: bool) -> Any:
+    """No keys, or no queries: zeros and -inf, without a launch of ours."""
+    library, device = operands.library, operands.q.device
+    if out is None:
+        out = library.empty(to_bhsd(problem.o_shape, layout), problem.dtype, device)
+    library.fill(out, 0.0)
+    if not return_lse:
+        return out
+    lse = library.empty(problem.lse_shape, "float32", device)
+    library.fill(lse, float("-inf"))
+    return out, lse
+
+
+# --- CPU --------------------------------------------------------------------------------------------------------------
+
+
+def _on_cpu(
+    library: Library, problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, layout: str, return_lse: bool
+) -> Any:
+    counters.add("cpu_calls")
+    o, lse = reference.attention_fwd(
+        *(_numpy_bhsd(library, array, layout) for array in (q, k, v)),
+        softmax_scale=problem.softmax_scale,
+        softcap=problem.softcap,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+        diagonal=problem.diagonal,
+    )
+    result = library.from_numpy(np.ascontiguousarray(o if layout == "bhsd" else o.swapaxes(1, 2)))
+    if out is not None:
+        library.assign(out, result)
+        result = out
+    return (result, library.from_numpy(lse)) if return_lse else result
+
+
+def _numpy_bhsd(library: Library, array: Any, layout: str) -> np.ndarray[Any, Any]:
+    host = library.to_numpy(array)
+    return host if layout == "bhsd" else host.swapaxes(1, 2)
+
+
+# --- other libraries --------------------------------------------------------------------------------------------------
+
+
+def _through_dlpack(
+    q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: Mapping[str, Any], choices: _Choices
+) -> Any:
+    """Arrays of a library unknown here: taken by DLPack, computed, handed back by the library's from_dlpack."""
+    if out is not None:
+        received = f"an object of type {type(out).__name__}"
+        raise UnsupportedError("out", received, "None: results are handed back through DLPack")
+    taken = [arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v"))]
+    for name, operand in zip("kv", taken[1:], strict=True):
+        if operand.library is not taken[0].library:
+            raise ArgumentError(name, "an array on another kind of device", "arrays on one device")
+    result = attention_fwd(
+        taken[0].array,
+        taken[1].array,
+        taken[2].array,
+        **options,
+        return_lse=return_lse,
+        out=None,
+        config=choices.config,
+        batch_invariant=choices.batch_invariant,
+        sm_margin=choices.sm_margin,
+    )
+    hand_back = taken[0].hand_back
+    if hand_back is None:
+        return result
+    return tuple(hand_back(x) for x in result) if return_lse else hand_back(result)

@@ -1,0 +1,664 @@
+"""The public functions on the CPU: NumPy arrays, torch tensors and strangers with __dlpack__."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yardstick
+from yardstick import DTYPES, attention_f64, check, check_lse, make_inputs, plain, to_f64
+
+import rtk
+from rtk.errors import ArgumentError, RtkError, UnsupportedError
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+SHAPE: dict[str, Any] = {
+    "batch": 2,
+    "heads_q": 4,
+    "heads_kv": 2,
+    "seqlen_q": 37,
+    "seqlen_k": 53,
+    "head_dim": 16,
+    "head_dim_v": 24,
+}
+LIBRARIES = ("numpy", "torch")
+
+
+class Library:
+    """Makes arrays of one library out of NumPy's, so that each test runs on every library."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.torch = pytest.importorskip("torch") if name == "torch" else None
+        self.kind = np.ndarray if self.torch is None else self.torch.Tensor
+
+    def of(self, x: np.ndarray) -> Any:
+        if self.torch is None:
+            return x
+        if x.dtype == DTYPES["bfloat16"]:
+            return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16)
+        return self.torch.from_numpy(x)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Uninitialised as a rule; here NaN, so that what is not written shows."""
+        return self.of(np.full(shape, np.nan, DTYPES[dtype]))
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> Library:
+    return Library(request.param)
+
+
+def inputs(dtype: str = "float32", kind: str = "normal", layout: str = "bhsd", **shape: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(11)
+    arrays = make_inputs(kind, **(SHAPE | shape), dtype=dtype, rng=rng)
+    return [x if layout == "bhsd" else np.ascontiguousarray(x.swapaxes(1, 2)) for x in arrays]
+
+
+def judge(got: Any, arrays: list[np.ndarray], label: str = "", **options: Any) -> None:
+    """`got` is (o, lse) of these inputs."""
+    o, lse = got
+    o64, lse64 = attention_f64(*arrays, **options)
+    dtype = arrays[0].dtype.name
+    layout = options.get("layout", "bhsd")
+    check_lse(lse, lse64, label=label)
+    if dtype in ("float16", "bfloat16"):
+        check(o, o64, plain(*arrays, **options), dtype, layout=layout, label=label)
+    else:
+        assert yardstick.dtype_name(o) == dtype, label
+        tolerance = 1e-4 if dtype == "float32" else 1e-12
+        np.testing.assert_allclose(to_f64(o), o64, rtol=tolerance, atol=tolerance, err_msg=label)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((to_f64(a) == to_f64(b)).all())
+
+
+# --- what it computes ------------------------------------------------------------------------------------------------
+
+
+def test_signature() -> None:
+    """The signature is a promise: names, order, kinds and defaults."""
+    parameters = inspect.signature(rtk.attention).parameters
+    assert {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == {
+        "causal": False,
+        "causal_align": "bottom-right",
+        "window_size": None,
+        "softmax_scale": None,
+        "softcap": 0.0,
+        "layout": "bhsd",
+        "return_lse": False,
+        "out": None,
+        "config": None,
+        "batch_invariant": False,
+        "sm_margin": 0,
+    }
+    assert [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["q", "k", "v"]
+    flash = inspect.signature(rtk.flash_attn_func).parameters
+    assert list(flash)[:3] == ["q", "k", "v"]
+    assert {
+        name: flash[name].default for name in ("softmax_scale", "causal", "window_size", "softcap", "return_lse")
+    } == {
+        "softmax_scale": None,
+        "causal": False,
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "return_lse": False,
+    }
+    q, k, v = inputs()
+    with pytest.raises(TypeError):
+        rtk.attention(q, k, v, True)  # type: ignore[call-arg]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "top-left": {"causal": True, "causal_align": "top-left"},
+    "window": {"window_size": (5, 3)},
+    "window-top-left": {"window_size": (5, 3), "causal_align": "top-left"},
+    "left-only": {"window_size": (5, None)},
+    "right-only": {"window_size": (-1, 2)},
+    "causal-window": {"causal": True, "window_size": (9, 4)},
+    "window-0": {"window_size": (0, 0)},
+    "scale": {"softmax_scale": 0.7},
+    "scale-0": {"softmax_scale": 0, "causal": True},
+    "scale-negative": {"softmax_scale": -0.4},
+    "softcap": {"softcap": 1.5},
+    "softcap-int": {"softcap": 2, "causal": True, "softmax_scale": 3},
+}
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_is_attention(library: Library, name: str, dtype: str, layout: str) -> None:
+    for kind in ("normal", "index"):
+        arrays = inputs(dtype, kind, layout)
+        o, lse = rtk.attention(*map(library.of, arrays), **OPTIONS[name], layout=layout, return_lse=True)
+        assert isinstance(o, library.kind)
+        assert isinstance(lse, library.kind)
+        assert tuple(o.shape) == ((2, 4, 37, 24) if layout == "bhsd" else (2, 37, 4, 24))
+        assert tuple(lse.shape) == (2, 4, 37)
+        assert yardstick.dtype_name(lse) == ("float64" if dtype == "float64" else "float32")
+        judge((o, lse), arrays, f"{name} {dtype} {layout} {kind}", **OPTIONS[name], layout=layout)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (300, 1), (65, 63), (300, 130)])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 2), (8, 8)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_shapes(dtype: str, lengths: tuple[int, int], heads: tuple[int, int], causal: bool) -> None:
+    for head_dim, head_dim_v in ((8, 256), (256, 8), (72, 40)):
+        arrays = inputs(
+            dtype,
+            batch=1,
+            heads_q=heads[0],
+            heads_kv=heads[1],
+            seqlen_q=lengths[0],
+            seqlen_k=lengths[1],
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+        )
+        got = rtk.attention(*arrays, causal=causal, return_lse=True)
+        judge(got, arrays, f"{dtype} {lengths} {heads} {head_dim}/{head_dim_v}", causal=causal)
+
+
+def test_every_head_dim() -> None:
+    for head_dim in range(8, 257, 8):
+        arrays = inputs(head_dim=head_dim, head_dim_v=264 - head_dim, batch=1, seqlen_q=3)
+        judge(rtk.attention(*arrays, return_lse=True), arrays, f"head_dim {head_dim}")
+
+
+def test_ways_to_say_unbounded(library: Library) -> None:
+    arrays = [library.of(x) for x in inputs()]
+    full = rtk.attention(*arrays)
+    for window in (None, (None, None), (-1, -1), (-1, None), (None, -1), (1000, 1000), (10**12, 10**12)):
+        assert same_bits(rtk.attention(*arrays, window_size=window), full), window
+    causal = rtk.attention(*arrays, causal=True)
+    steps: list[Any] = [(-1, 0), (None, 0), (np.int64(-1), np.int32(0))]
+    for window in steps:
+        assert same_bits(rtk.attention(*arrays, window_size=window), causal), window
+        assert same_bits(rtk.attention(*arrays, window_size=window, causal=True), causal), window
+    assert same_bits(
+        rtk.attention(*arrays, window_size=(4, 3), causal=True), rtk.attention(*arrays, window_size=(4, 0))
+    )
+    assert not same_bits(full, causal)
+
+
+def test_return_lse(library: Library) -> None:
+    arrays = [library.of(x) for x in inputs()]
+    alone = rtk.attention(*arrays)
+    assert isinstance(alone, library.kind)
+    pair = rtk.attention(*arrays, return_lse=True)
+    assert isinstance(pair, tuple)
+    assert same_bits(pair[0], alone)
+
+
+def test_rows_without_keys(library: Library) -> None:
+    arrays = [library.of(x) for x in inputs(seqlen_q=60, seqlen_k=20)]
+    o, lse = rtk.attention(*arrays, causal=True, return_lse=True)
+    assert (to_f64(o)[:, :, :40] == 0).all()
+    assert np.isneginf(to_f64(lse)[:, :, :40]).all()
+    assert np.isfinite(to_f64(lse)[:, :, 40:]).all()
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0), (2, 0, 0)])
+def test_empty(library: Library, shape: tuple[int, int, int], layout: str) -> None:
+    batch, seqlen_q, seqlen_k = shape
+    arrays = [
+        library.of(x) for x in inputs("bfloat16", "normal", layout, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    ]
+    dims = (batch, 4, seqlen_q, 24) if layout == "bhsd" else (batch, seqlen_q, 4, 24)
+    out = library.empty(dims, "bfloat16")
+    for target in (None, out):
+        o, lse = rtk.attention(*arrays, layout=layout, causal=True, return_lse=True, out=target)
+        assert tuple(o.shape) == dims
+        assert tuple(lse.shape) == (batch, 4, seqlen_q)
+        assert yardstick.dtype_name(o) == "bfloat16"
+        assert yardstick.dtype_name(lse) == "float32"
+        assert (to_f64(o) == 0).all()
+        assert np.isneginf(to_f64(lse)).all()
+        assert target is None or o is target
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_out(library: Library, dtype: str, layout: str) -> None:
+    arrays = [library.of(x) for x in inputs(dtype, "normal", layout)]
+    expected, expected_lse = rtk.attention(*arrays, layout=layout, return_lse=True)
+    out = library.empty(tuple(expected.shape), dtype)
+    assert rtk.attention(*arrays, layout=layout, out=out) is out
+    assert same_bits(out, expected)
+    out = library.empty(tuple(expected.shape), dtype)
+    o, lse = rtk.attention(*arrays, layout=layout, out=out, return_lse=True)
+    assert o is out
+    assert same_bits(lse, expected_lse)
+    assert same_bits(out, expected)
+
+
+def test_out_of_any_strides_and_nothing_beside_it(library: Library) -> None:
+    arrays = [library.of(x) for x in inputs()]
+    expected = to_f64(rtk.attention(*arrays))
+    room = np.full((24 + 3, 37 + 2, 2, 4 * 2), 7.0, np.float32)
+    view = library.of(room).swapaxes(0, 3).swapaxes(0, 2).swapaxes(1, 2)[:, ::2, 1:38, 3:]
+    assert tuple(view.shape) == expected.shape
+    assert rtk.attention(*arrays, out=view) is view
+    np.testing.assert_array_equal(to_f64(view), expected)
+    view[...] = 7
+    assert (room == 7).all()
+
+
+def test_inputs_of_any_strides(library: Library) -> None:
+    arrays = inputs()
+    expected = to_f64(rtk.attention(*arrays))
+    for start in (0, 1):
+        views = []
+        for x in arrays:
+            room = np.full((x.shape[3] + 1, 2 * x.shape[1], x.shape[2], x.shape[0]), np.nan, np.float32)
+            view = library.of(room).swapaxes(0, 3)[:, ::2, :, start : start + x.shape[3]]
+            view[...] = library.of(x)
+            views.append(view)
+        np.testing.assert_array_equal(to_f64(rtk.attention(*views)), expected)
+    if library.name == "numpy":
+        flipped = [np.ascontiguousarray(x[:, ::-1, ::-1, ::-1])[:, ::-1, ::-1, ::-1] for x in arrays]
+        assert all(min(x.strides) < 0 for x in flipped)
+        np.testing.assert_array_equal(to_f64(rtk.attention(*flipped)), expected)
+
+
+def test_strides_of_zero(library: Library) -> None:
+    arrays = inputs()
+    for axis in range(3):
+        wide = [np.broadcast_to(x.take([0], axis), x.shape) for x in arrays]
+        views = wide
+        if library.torch is not None:
+            views = [library.of(x.take([0], axis)).expand(x.shape) for x in arrays]
+        expected = rtk.attention(*(library.of(x.copy()) for x in wide), causal=True)
+        assert same_bits(rtk.attention(*views, causal=True), expected), axis
+
+
+def test_inputs_are_left_alone(library: Library) -> None:
+    arrays = inputs("bfloat16") + inputs("float64")
+    before = [x.tobytes() for x in arrays]
+    for three in (arrays[:3], arrays[3:]):
+        if library.name == "numpy":
+            for x in three:
+                x.setflags(write=False)
+        rtk.attention(*map(library.of, three), causal=True, softcap=3.0, softmax_scale=-1.0)
+    assert [x.tobytes() for x in arrays] == before
+
+
+def test_result_is_new_memory(library: Library) -> None:
+    """Nothing is cached between calls, and the result is no view of an input."""
+    arrays = [library.of(x) for x in inputs(seqlen_q=1, seqlen_k=1)]
+    first = rtk.attention(*arrays)
+    kept = to_f64(first).copy()
+    second = rtk.attention(*arrays)
+    second[...] = 99
+    np.testing.assert_array_equal(to_f64(first), kept)
+    np.testing.assert_array_equal(to_f64(arrays[2][:, [0, 0, 1, 1]]), kept)
+
+
+def test_choices_for_the_gpu_do_not_change_the_cpu(library: Library) -> None:
+    arrays = [library.of(x) for x in inputs("float16")]
+    expected = rtk.attention(*arrays)
+    assert same_bits(rtk.attention(*arrays, batch_invariant=True, sm_margin=4), expected)
+    assert same_bits(rtk.attention(*arrays, config={"BLOCK_M": 128, "BLOCK_N": 96}), expected)
+
+
+def test_flash_attn_func(library: Library) -> None:
+    q, k, v = (library.of(x) for x in inputs("bfloat16", "normal", "bshd"))
+    assert same_bits(rtk.flash_attn_func(q, k, v), rtk.attention(q, k, v, layout="bshd"))
+    flash = rtk.flash_attn_func(
+        q, k, v, softmax_scale=0.3, causal=True, window_size=(7, -1), softcap=2.0, return_lse=True
+    )
+    options: dict[str, Any] = {"softmax_scale": 0.3, "causal": True, "window_size": (7, None), "softcap": 2.0}
+    ours = rtk.attention(q, k, v, layout="bshd", return_lse=True, **options)
+    assert all(same_bits(a, b) for a, b in zip(flash, ours, strict=True))
+
+
+def test_nan_reaches_rows_that_see_it_and_no_others(library: Library) -> None:
+    arrays = inputs()
+    clean = rtk.attention(*arrays, causal=True)
+    for bad in (np.nan, np.inf):
+        q, k, v = (x.copy() for x in arrays)
+        v[:, :, 30] = bad
+        o = to_f64(rtk.attention(*map(library.of, (q, k, v)), causal=True))
+        seen = np.arange(37) + 53 - 37 >= 30
+        np.testing.assert_allclose(o[:, :, ~seen], clean[:, :, ~seen], atol=1e-6)
+        assert not np.isfinite(o[:, :, seen]).any()
+
+
+def test_stats_count_calls() -> None:
+    before = rtk.stats()
+    assert all(isinstance(name, str) and type(count) is int for name, count in before.items())
+    rtk.attention(*(x[:, :, ::-1, ::-1] for x in inputs()))
+    after = rtk.stats()
+    changed = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert changed.get("calls") == 1
+    # Copies are counted where they cost something: on the GPU.
+    assert not any("cop" in name or "launch" in name for name in changed)
+    after["calls"] = -1
+    assert rtk.stats()["calls"] > 0
+
+
+def test_numpy_needs_neither_torch_nor_cupy() -> None:
+    program = (
+        "import sys, numpy as np, rtk\n"
+        "x = np.ones((1, 1, 4, 8), np.float16)\n"
+        "assert (rtk.attention(x, x, x, causal=True) == 1).all()\n"
+        "print([name for name in ('torch', 'cupy') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stdout + done.stderr
+
+
+def test_threads() -> None:
+    arrays = inputs(seqlen_q=200, seqlen_k=300)
+    expected = rtk.attention(*arrays, causal=True)
+    results: list[Any] = [None] * 6
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            results[index] = rtk.attention(*arrays, causal=True)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same_bits(result, expected) for result in results)
+
+
+# --- strangers -------------------------------------------------------------------------------------------------------
+
+
+class Stranger:
+    """An array of a library that rtk has never heard of: DLPack and nothing else."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return self._x.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> Any:
+        return self._x.__dlpack_device__()
+
+
+class Guest(Stranger):
+    """A stranger whose library takes arrays back."""
+
+    def __array_namespace__(self, **_: Any) -> Any:
+        return Guest
+
+    @staticmethod
+    def from_dlpack(x: Any) -> Guest:
+        return Guest(np.from_dlpack(x))
+
+
+def test_dlpack() -> None:
+    arrays = inputs()
+    expected, expected_lse = rtk.attention(*arrays, causal=True, return_lse=True)
+    o, lse = rtk.attention(*map(Guest, arrays), causal=True, return_lse=True)
+    assert type(o) is Guest
+    assert type(lse) is Guest
+    np.testing.assert_array_equal(np.from_dlpack(o), expected)
+    np.testing.assert_array_equal(np.from_dlpack(lse), expected_lse)
+    q, k, v = (Guest(x.swapaxes(1, 2)) for x in arrays)
+    assert type(rtk.flash_attn_func(q, k, v)) is Guest
+    # A library without from_dlpack gets something that any library can take.
+    np.testing.assert_array_equal(np.from_dlpack(rtk.attention(*map(Stranger, arrays), causal=True)), expected)
+
+
+def test_dlpack_that_fails() -> None:
+    class Broken(Stranger):
+        def __dlpack__(self, **_: Any) -> Any:
+            raise BufferError("not today")
+
+    class Elsewhere(Stranger):
+        def __dlpack_device__(self) -> Any:
+            return (10, 0)  # ROCm
+
+    q, k, v = inputs()
+    with pytest.raises(ArgumentError, match=r"\bq\b.*not today"):
+        rtk.attention(Broken(q), Stranger(k), Stranger(v))
+    with pytest.raises((ArgumentError, UnsupportedError), match=r"\bv\b"):
+        rtk.attention(Stranger(q), Stranger(k), Elsewhere(v))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_jax_on_the_cpu(dtype: str) -> None:
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # or it takes most of a GPU's memory, if there is one
+    jax = pytest.importorskip("jax")
+    arrays = inputs(dtype)
+    with jax.default_device(jax.devices("cpu")[0]):
+        o, lse = rtk.attention(*map(jax.numpy.asarray, arrays), causal=True, return_lse=True)
+    assert isinstance(o, jax.Array)
+    judge((o, lse), arrays, causal=True)
+
+
+# --- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+# The good call that each bad one differs from.
+GOOD = {"q": zeros(2, 4, 5, 16), "k": zeros(2, 2, 7, 16), "v": zeros(2, 2, 7, 24)}
+OUT = (2, 4, 5, 24)
+NAN, INF = float("nan"), float("inf")
+
+# What is passed instead, and which arguments the error may name. Arrays are turned into the library under test.
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "q 3-d": ({"q": zeros(4, 5, 16)}, "q"),
+    "q 5-d": ({"q": zeros(1, 2, 4, 5, 16)}, "q"),
+    "q 0-d": ({"q": zeros()}, "q"),
+    "k 3-d": ({"k": zeros(2, 7, 16)}, "k"),
+    "v 3-d": ({"v": zeros(2, 7, 24)}, "v"),
+    "all 3-d": ({"q": zeros(4, 5, 16), "k": zeros(2, 7, 16), "v": zeros(2, 7, 24)}, "q"),
+    "batch of k": ({"k": zeros(1, 2, 7, 16)}, "k"),
+    "batch of k 0": ({"k": zeros(0, 2, 7, 16)}, "k"),
+    "batch of v": ({"v": zeros(1, 2, 7, 24)}, "v"),
+    "seqlen of v": ({"v": zeros(2, 2, 8, 24)}, "v"),
+    "seqlen of v 0": ({"v": zeros(2, 2, 0, 24)}, "v"),
+    "heads of v": ({"v": zeros(2, 4, 7, 24)}, "v"),
+    "head_dim of k": ({"k": zeros(2, 2, 7, 24)}, "k"),
+    "heads not divisible": ({"k": zeros(2, 3, 7, 16), "v": zeros(2, 3, 7, 24)}, "q k"),
+    "more kv heads": ({"k": zeros(2, 8, 7, 16), "v": zeros(2, 8, 7, 24)}, "q k"),
+    "no heads in q": ({"q": zeros(2, 0, 5, 16)}, "q"),
+    "no kv heads": ({"k": zeros(2, 0, 7, 16), "v": zeros(2, 0, 7, 24)}, "k v"),
+    "no heads": ({"q": zeros(2, 0, 5, 16), "k": zeros(2, 0, 7, 16), "v": zeros(2, 0, 7, 24)}, "q k v"),
+    "layout mistaken": ({"layout": "bshd"}, "k v q"),
+    **{
+        f"head_dim {d}": ({"q": zeros(2, 4, 5, d), "k": zeros(2, 2, 7, d)}, "q k")
+        for d in (0, 1, 4, 7, 12, 60, 63, 260, 264, 300, 512)
+    },
+    **{f"head_dim_v {d}": ({"v": zeros(2, 2, 7, d)}, "v") for d in (0, 1, 4, 60, 264, 300)},
+    "dtype of k": ({"k": zeros(2, 2, 7, 16, dtype=np.float16)}, "k"),
+    "dtype of v": ({"v": zeros(2, 2, 7, 24, dtype=np.float64)}, "v"),
+    **{
+        f"dtype {np.dtype(d)}": ({name: x.astype(d) for name, x in GOOD.items()}, "q")
+        for d in (np.int32, np.uint8, np.bool_, np.complex64)
+    },
+    "window not a pair": ({"window_size": 5}, "window_size"),
+    "window of one": ({"window_size": (5,)}, "window_size"),
+    "window of three": ({"window_size": (1, 2, 3)}, "window_size"),
+    "window -5": ({"window_size": (-5, 0)}, "window_size"),
+    "window right -2": ({"window_size": (0, -2)}, "window_size"),
+    "window both -5": ({"window_size": (-5, -5), "causal": True}, "window_size"),
+    "window float": ({"window_size": (1.5, 0)}, "window_size"),
+    "window nan": ({"window_size": (NAN, 0)}, "window_size"),
+    "window text": ({"window_size": "12"}, "window_size"),
+    "window texts": ({"window_size": ("1", "2")}, "window_size"),
+    "window list of lists": ({"window_size": [[1], [2]]}, "window_size"),
+    "scale nan": ({"softmax_scale": NAN}, "softmax_scale"),
+    "scale inf": ({"softmax_scale": INF}, "softmax_scale"),
+    "scale -inf": ({"softmax_scale": -INF}, "softmax_scale"),
+    "scale text": ({"softmax_scale": "0.1"}, "softmax_scale"),
+    "scale complex": ({"softmax_scale": 1j}, "softmax_scale"),
+    "scale list": ({"softmax_scale": [0.1]}, "softmax_scale"),
+    "scale too large": ({"softmax_scale": 10**400}, "softmax_scale"),
+    "softcap negative": ({"softcap": -1.0}, "softcap"),
+    "softcap nan": ({"softcap": NAN}, "softcap"),
+    "softcap inf": ({"softcap": INF}, "softcap"),
+    "softcap None": ({"softcap": None}, "softcap"),
+    "softcap text": ({"softcap": "1"}, "softcap"),
+    "layout sbhd": ({"layout": "sbhd"}, "layout"),
+    "layout None": ({"layout": None}, "layout"),
+    "layout list": ({"layout": ["bhsd"]}, "layout"),
+    "causal text": ({"causal": "yes"}, "causal"),
+    "causal None": ({"causal": None}, "causal"),
+    "align left": ({"causal_align": "left"}, "causal_align"),
+    "align None": ({"causal_align": None}, "causal_align"),
+    "align list": ({"causal_align": ["top-left"]}, "causal_align"),
+    "out shape": ({"out": zeros(2, 4, 5, 16)}, "out"),
+    "out rank": ({"out": zeros(4, 5, 24)}, "out"),
+    "out layout": ({"out": zeros(2, 5, 4, 24)}, "out"),
+    "out broadcastable": ({"out": zeros(1, 4, 5, 24)}, "out"),
+    "out dtype": ({"out": zeros(*OUT, dtype=np.float16)}, "out"),
+    "out int": ({"out": zeros(*OUT, dtype=np.int32)}, "out"),
+    "out list": ({"out": zeros(*OUT).tolist()}, "out"),
+    "out True": ({"out": True}, "out"),
+    "margin -1": ({"sm_margin": -1}, "sm_margin"),
+    "margin float": ({"sm_margin": 1.5}, "sm_margin"),
+    "margin None": ({"sm_margin": None}, "sm_margin"),
+    "margin text": ({"sm_margin": "2"}, "sm_margin"),
+    "invariant text": ({"batch_invariant": "no"}, "batch_invariant"),
+    "invariant None": ({"batch_invariant": None}, "batch_invariant"),
+    "config text": ({"config": "fast"}, "config"),
+    "config number": ({"config": 3}, "config"),
+    "config unknown field": ({"config": {"BLOCK": 64}}, "config"),
+    "config illegal": ({"config": {"BLOCK_M": 100}}, "config"),
+    "config huge": ({"config": {"BLOCK_N": 1 << 20}}, "config"),
+    "config text field": ({"config": {"BLOCK_N": "128"}}, "config"),
+    **{
+        f"{name} {kind}": ({name: value}, name)
+        for name in "qkv"
+        for kind, value in (
+            ("None", None),
+            ("list", [[[[1.0] * 16]]]),
+            ("number", 3.0),
+            ("text", "x"),
+            ("object", object()),
+        )
+    },
+}
+
+
+def refused(arguments: dict[str, Any], names: str, function: Any = None) -> RtkError:
+    """Asserts that the call is refused by the right class of error, whose text names one of the arguments."""
+    with pytest.raises(RtkError) as caught:
+        (function or rtk.attention)(**arguments)
+    error = caught.value
+    assert isinstance(error, (ArgumentError, UnsupportedError)), repr(error)
+    assert error.argument in names.split(), str(error)
+    assert f"{error.argument}: received" in str(error), str(error)
+    assert "accepted: " in str(error), str(error)
+    return error
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses(library: Library, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def computed(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was computed before it was refused")
+
+    monkeypatch.setattr("rtk.reference.attention_fwd", computed)
+    changes, names = BAD[name]
+    arguments = {key: library.of(x) if isinstance(x, np.ndarray) else x for key, x in (GOOD | changes).items()}
+    refused(arguments, names)
+    # A wrong call is wrong for an empty batch as well (where the batch is not what is wrong).
+    if not isinstance(changes.get(names.split()[0]), np.ndarray):
+        empty = {key: x[:0] if key in "qkv" and isinstance(x, library.kind) else x for key, x in arguments.items()}
+        refused(empty, names + (" q k v" if name == "layout mistaken" else ""))
+
+
+def test_the_good_call_is_good(library: Library) -> None:
+    assert tuple(rtk.attention(**{name: library.of(x) for name, x in GOOD.items()}).shape) == OUT
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"window_size": (-5, 0)}, {"softmax_scale": NAN}, {"softcap": -1.0}, {"causal": "yes"}, {"q": None}],
+    ids=lambda x: next(iter(x)),
+)
+def test_flash_attn_func_refuses(changes: dict[str, Any]) -> None:
+    refused({name: x.swapaxes(1, 2) for name, x in GOOD.items()} | changes, next(iter(changes)), rtk.flash_attn_func)
+
+
+@pytest.mark.parametrize("name", ["longdouble", "object", "float8_e4m3fn", "datetime64[s]"])
+def test_refuses_dtypes_of_numpy(name: str) -> None:
+    dtype = np.dtype(ml_dtypes.float8_e4m3fn) if name.startswith("float8") else np.dtype(name)
+    refused({key: np.zeros(x.shape, dtype) for key, x in GOOD.items()}, "q")
+
+
+def test_refuses_memory_that_cannot_be_out() -> None:
+    frozen = zeros(*OUT)
+    frozen.setflags(write=False)
+    refused(GOOD | {"out": frozen}, "out")
+    for strides in ((0, 480, 96, 4), (1920, 0, 96, 4), (1920, 480, 0, 4), (1920, 480, 96, 0), (1920, 480, 48, 4)):
+        refused(GOOD | {"out": np.lib.stride_tricks.as_strided(zeros(1000), OUT, strides)}, "out")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_refuses_out_over_an_input(library: Library, name: str) -> None:
+    """Rows are written while others are still read."""
+    room = zeros(2, 4, 7, 32)
+    views = {"q": room[:, :4, :5, :16], "k": room[:, :2, :, 8:24], "v": room[:, 2:, :, :24]}
+    arguments = {key: library.of(x) for key, x in (GOOD | {name: views[name]}).items()}
+    refused(arguments | {"out": library.of(room)[:, :, :5, :24]}, "out")
+
+
+def test_out_beside_an_input_is_fine(library: Library) -> None:
+    """Halves of one allocation share no element, though their ranges of addresses cross."""
+    room = library.of(zeros(2, 4, 5, 16 + 24))
+    arguments = {name: library.of(x) for name, x in GOOD.items()} | {"q": room[..., :16]}
+    out = room[..., 16:]
+    assert rtk.attention(**arguments, out=out) is out
+
+
+@pytest.mark.parametrize("name", ["k", "v", "out"])
+def test_refuses_a_mixture_of_libraries(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    good = GOOD | {"out": zeros(*OUT)}
+    refused(good | {name: torch.from_numpy(good[name])}, name)
+    other = {key: torch.from_numpy(x) for key, x in good.items()}
+    refused(other | {name: good[name]}, name)
+    if name != "out":
+        refused(GOOD | {name: Stranger(good[name])}, name)
+
+
+def test_refuses_tensors_it_cannot_serve() -> None:
+    torch = pytest.importorskip("torch")
+    good = {name: torch.from_numpy(x) for name, x in GOOD.items()}
+    for name, x in good.items():
+        assert isinstance(refused(good | {name: x.clone().requires_grad_()}, name), UnsupportedError)
+        refused(good | {name: x.to_sparse()}, name)
+        refused(good | {name: x.to("meta")}, name)
+    with torch.no_grad():
+        rtk.attention(**(good | {"q": good["q"].clone().requires_grad_()}))
+
+
+def test_refusal_leaves_out_alone(library: Library) -> None:
+    out = library.of(np.full(OUT, 7.0, np.float32))
+    refused({name: library.of(x) for name, x in GOOD.items()} | {"out": out, "softcap": NAN}, "softcap")
+    assert (to_f64(out) == 7).all()
+
+
+def test_errors_are_also_the_builtin_ones() -> None:
+    q, k, v = GOOD.values()
+    with pytest.raises(ValueError, match="softcap"):
+        rtk.attention(q, k, v, softcap=-1)
+    with pytest.raises((NotImplementedError, ValueError), match="head_dim"):
+        rtk.attention(zeros(1, 1, 4, 300), zeros(1, 1, 4, 300), zeros(1, 1, 4, 300))
