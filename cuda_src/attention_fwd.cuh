@@ -159,30 +159,29 @@ struct AttentionFwdConsumer {
 
     // Issues S = Q K^T.
     RTK_DEVICE void multiply_qk(float (&s)[S_COUNT]) {
-        const u32 q_address = shared_address(shared.q) + warpgroup * 64 * T::QTile::ROW_BYTES;
-        const u32 k_address = shared_address(shared.k) + k.stage * AttentionFwdShared<Config>::K_BYTES;
+        const Descriptor q_tile =
+            SlabDescriptor<Config::SLAB_QK>::k_major(shared_address(shared.q) + warpgroup * 64 * T::QTile::ROW_BYTES);
+        const Descriptor k_tile = SlabDescriptor<Config::SLAB_QK>::k_major(shared_address(shared.k[k.stage]));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < T::HEAD_DIM / 16; ++step) {
             const int slab = step * 16 / Config::SLAB_QK;
             const int within = step * 16 % Config::SLAB_QK * ELEMENT_BYTES;
-            Wgmma<Element, Config::BLOCK_N>::ss(
-                s, Descriptor<Config::SLAB_QK>::k_major(q_address + slab * T::QTile::SLAB_BYTES + within),
-                Descriptor<Config::SLAB_QK>::k_major(k_address + slab * T::KTile::SLAB_BYTES + within), step > 0);
+            Wgmma<Element, Config::BLOCK_N>::ss(s, q_tile.at(slab * T::QTile::SLAB_BYTES + within),
+                                                k_tile.at(slab * T::KTile::SLAB_BYTES + within), step > 0);
         }
         wgmma_commit();
     }
 
     // Issues O += P V.
     RTK_DEVICE void multiply_pv() {
-        const u32 v_address = shared_address(shared.v) + v.stage * AttentionFwdShared<Config>::V_BYTES;
+        const Descriptor v_tile =
+            SlabDescriptor<Config::SLAB_V>::mn_major(shared_address(shared.v[v.stage]), T::VTile::SLAB_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Config::BLOCK_N / 16; ++step) {
-            Wgmma<Element, T::HEAD_DIM_V>::rs(
-                o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
-                Descriptor<Config::SLAB_V>::mn_major(v_address + step * 16 * T::VTile::ROW_BYTES, T::VTile::SLAB_BYTES),
-                1);
+            Wgmma<Element, T::HEAD_DIM_V>::rs(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
+                                              v_tile.at(step * 16 * T::VTile::ROW_BYTES), 1);
         }
         wgmma_commit();
     }

@@ -6,6 +6,7 @@ compiled here, and run by the GPU tests.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -90,3 +91,26 @@ def test_extras_exist():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_figures_are_the_recorded_ones():
+    recorded = json.loads((ROOT / "benchmarks/results/h200/forward.json").read_text())["records"]
+    of = {(r["head_dim"], r["causal"], r["impl"]): r["tflops"] for r in recorded if r["suite"] == "forward"}
+    rows = re.findall(r"^\| (\d+) \| (full|causal) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for head_dim, mask, figures in rows:
+        expected = [f"{of[int(head_dim), mask == 'causal', impl]:.0f}" for impl in ("rtk", "fa3", "cudnn", "fa2")]
+        assert figures.split(" | ") == expected
+
+
+def test_the_recorded_run_reaches_what_was_asked_of_it():
+    """At least 0.85 of the best peer, RMS error at most 1.1 of FA3's, compiled in 1.5 s, loaded in 5 ms, no spill."""
+    recorded = json.loads((ROOT / "benchmarks/results/h200/forward.json").read_text())["records"]
+    cells = {(r["head_dim"], r["causal"]) for r in recorded if r["suite"] == "forward"}
+    assert len(cells) == 6
+    for cell in cells:
+        of = {r["impl"]: r for r in recorded if r["suite"] == "forward" and (r["head_dim"], r["causal"]) == cell}
+        assert of["rtk"]["tflops"] >= 0.85 * max(of["fa3"]["tflops"], of["cudnn"]["tflops"])
+        assert of["rtk"]["rms_error"] <= 1.1 * of["fa3"]["rms_error"]
+    for start in (r for r in recorded if r["suite"] == "coldstart"):
+        assert start["compile_ms"] <= 1500 and start["load_ms"] <= 5 and start["problems"] == []

@@ -35,7 +35,8 @@ struct TileSchedule {
 //
 // STATIC: every gridDim.x-th one; nothing to communicate. DYNAMIC: the next one not yet taken, from a counter in global
 // memory that starts at zero for every launch, which balances tiles of unequal length. The producer thread asks the
-// counter a tile ahead and tells the consumers through a ring in shared memory.
+// counter once this tile's loads are issued, a few KV tiles before the consumers are done with it, and tells them through
+// a ring in shared memory. (Asking when the tile begins would let a block that is busy for long keep the next one waiting.)
 enum Scheduler { STATIC = 0, DYNAMIC = 1 };
 
 struct TileRing {
@@ -55,9 +56,7 @@ struct TileProducer {
     RTK_DEVICE void for_each(int num_tiles, Run run) {
         int tile = blockIdx.x;
         while (true) {
-            int next = tile + gridDim.x;
             if constexpr (SCHEDULER == DYNAMIC) {
-                next = gridDim.x + atomicAdd(counter, 1u);
                 wait_empty(ring.barriers, position);
                 ring.tile[position.stage] = tile;
                 ring.barriers.full[position.stage].arrive();
@@ -65,7 +64,7 @@ struct TileProducer {
             }
             if (tile >= num_tiles) break;
             run(tile);
-            tile = next;
+            tile = gridDim.x + (SCHEDULER == DYNAMIC ? static_cast<int>(atomicAdd(counter, 1u)) : tile);
         }
     }
 };

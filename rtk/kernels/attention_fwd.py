@@ -19,7 +19,7 @@ _TILE_RING_BYTES = 40
 # addresses, row statistics and the unrolled code need besides the accumulators (found by compiling the whole space).
 _CONSUMER_REGISTERS = {1: 232, 2: 232, 3: 160}
 _OTHER_REGISTERS = {1: 36, 2: 36, 3: 30}
-_L2_SHARE_BYTES = 32 << 20  # K and V of the heads in flight should fit in this much of L2
+_L2_SHARE_BYTES = 16 << 20  # K and V of the heads in flight should fit in this much of L2
 _USUAL_SM_COUNT = 132  # of H100 and H200: more tiles than this take more than one round
 _LOG2_E = 1.4426950408889634
 
@@ -263,8 +263,9 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
     def _heads_per_group(problem: AttentionProblem) -> int:
         """Heads whose query blocks are interleaved: one where all blocks are equally long, else as many as L2 holds.
 
-        Measured on an H200, causal, head_dim 128, in TFLOP/s: at seqlen 8192 1 MiB of L2 gives 578, 32 MiB 634, all
-        heads at once 635; at seqlen 1024 468, 485 and 384.
+        Measured on an H200, causal, head_dim 256, with 1 MiB, 16 MiB and all heads at once: 604, 664 and 664 TFLOP/s at
+        seqlen 8192, where one head's blocks are too few to balance; 470, 490 and 369 at 1024, where K and V of all
+        heads do not fit.
         """
         if problem.window_right is None:
             return 1
