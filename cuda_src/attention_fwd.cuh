@@ -84,19 +84,19 @@ struct AttentionFwdProducer {
     RingPosition<Config::STAGES> k, v;
 
     RTK_DEVICE void load_q(const OutputTile& tile) {
-        wait_empty(shared.q_ring, q);
+        wait_empty(shared.q_ring, q, "q empty");
         tma_load_tile<typename T::QTile, Config::SLAB_QK>(shared.q, params.q, shared.q_ring.full[0],
                                                           tile.m_block * Config::BLOCK_M, tile.head, tile.batch);
         q.advance();
     }
     RTK_DEVICE void load_k(int n_block, int kv_head, int batch) {
-        wait_empty(shared.k_ring, k);
+        wait_empty(shared.k_ring, k, "k empty");
         tma_load_tile<typename T::KTile, Config::SLAB_QK>(shared.k[k.stage], params.k, shared.k_ring.full[k.stage],
                                                           n_block * Config::BLOCK_N, kv_head, batch);
         k.advance();
     }
     RTK_DEVICE void load_v(int n_block, int kv_head, int batch) {
-        wait_empty(shared.v_ring, v);
+        wait_empty(shared.v_ring, v, "v empty");
         tma_load_tile<typename T::VTile, Config::SLAB_V>(shared.v[v.stage], params.v, shared.v_ring.full[v.stage],
                                                          n_block * Config::BLOCK_N, kv_head, batch);
         v.advance();
@@ -149,7 +149,10 @@ struct AttentionFwdConsumer {
 
     // Taking turns: a warpgroup issues its products, then lets the next one issue while its own softmax runs.
     RTK_DEVICE void wait_turn() {
-        if constexpr (Config::PINGPONG) named_barrier_sync(1 + warpgroup, 2 * WARPGROUP_SIZE);
+        if constexpr (Config::PINGPONG) {
+            random_delay();
+            named_barrier_sync(1 + warpgroup, 2 * WARPGROUP_SIZE);
+        }
     }
     RTK_DEVICE void pass_turn() {
         if constexpr (Config::PINGPONG) {
@@ -210,7 +213,7 @@ struct AttentionFwdConsumer {
     // The first tile of a row block: scores only, its product with V is issued with the next tile's.
     RTK_DEVICE void first_tile(const OutputTile& tile, int n_block, bool masked) {
         float s[S_COUNT], correction[2];
-        wait_full(shared.k_ring, k);
+        wait_full(shared.k_ring, k, "k full");
         multiply_qk(s);
         wgmma_wait<0>();
         pin_registers(s);
@@ -229,10 +232,10 @@ struct AttentionFwdConsumer {
     template <bool MASKED>
     RTK_DEVICE void next_tile(const OutputTile& tile, int n_block) {
         float s[S_COUNT], correction[2];
-        wait_full(shared.k_ring, k);
+        wait_full(shared.k_ring, k, "k full");
         wait_turn();
         multiply_qk(s);
-        wait_full(shared.v_ring, v);
+        wait_full(shared.v_ring, v, "v full");
         multiply_pv();
         pass_turn();
         wgmma_wait<1>();
@@ -251,7 +254,7 @@ struct AttentionFwdConsumer {
     }
 
     RTK_DEVICE void last_product() {
-        wait_full(shared.v_ring, v);
+        wait_full(shared.v_ring, v, "v full");
         multiply_pv();
         wgmma_wait<0>();
         pin_registers(o);
@@ -271,7 +274,7 @@ struct AttentionFwdConsumer {
         for (int i = 0; i < O_COUNT; ++i) o[i] = 0.0f;
         if (tiles.begin < tiles.end) {
             int n_block = tiles.end - 1;
-            wait_full(shared.q_ring, q);
+            wait_full(shared.q_ring, q, "q full");
             first_tile(tile, n_block, n_block >= tiles.clear_end || n_block < tiles.clear_begin);
             --n_block;
             if constexpr (Config::MASK_RIGHT) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from rtk.errors import DriverError, ToolchainError
 # CUdevice_attribute, CUfunction_attribute: numbers of cuda.h
 _SM_COUNT, _MEMORY_CLOCK_KHZ, _L2_BYTES, _CC_MAJOR, _CC_MINOR, _SHARED_OPTIN = 16, 36, 38, 75, 76, 97
 _MAX_DYNAMIC_SHARED_BYTES = 8
+_NOT_INITIALIZED = 3  # CUresult
+_TRAP_REPORT = b"rtk_trap_report"  # a variable that only debug builds have
+_HOST_MEMORY_PORTABLE_MAPPED = 1 | 2  # CU_MEMHOSTALLOC_PORTABLE | _DEVICEMAP
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,32 @@ class DeviceProperties:
     memory_clock_khz: int
 
 
+_started_in: int | None = None  # the process that started the driver: this one, or one that it was forked from
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """libcuda, initialised. Raises ToolchainError without a driver or a device that answers."""
+    """libcuda, initialised. Raises ToolchainError without a driver or a device that answers, and in a forked child."""
+    global _started_in
+    if _started_in not in (None, os.getpid()):
+        raise _forked(f"process {_started_in}")
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         fix = "install the NVIDIA driver (libcuda.so.1), or pass arrays that live on the CPU"
         raise ToolchainError(f"no NVIDIA driver: {error}", fix) from None
     code = cuda.cuInit(0)
+    if code == _NOT_INITIALIZED:  # the answer where somebody else, say torch, had started it before the fork
+        raise _forked("a process")
     if code:
         raise ToolchainError(f"the NVIDIA driver does not start: cuInit returned {code}", "run nvidia-smi")
+    _started_in = os.getpid()
     return cuda
+
+
+def _forked(parent: str) -> ToolchainError:
+    hint = 'start processes with spawn: multiprocessing.set_start_method("spawn")'
+    return ToolchainError(f"this process was forked from {parent} that had started CUDA, and cannot use the GPU", hint)
 
 
 def call(function: str, *arguments: object, detail: str = "") -> None:
@@ -132,6 +150,7 @@ class Function:
 
     handle: ctypes.c_void_p
     ordinal: int
+    trap_report: ctypes.c_uint64 | None = None  # of a debug build: where it leaves the name of what it waited for
 
     def launch(self, grid: int, threads: int, shared_bytes: int, stream: int, parameters: bytearray) -> None:
         """Launches `grid` blocks on the stream; `parameters` is the kernel's one by-value argument."""
@@ -140,6 +159,21 @@ class Function:
         with on_device(self.ordinal):
             shape = (grid, 1, 1, threads, 1, 1)
             call("cuLaunchKernel", self.handle, *shape, shared_bytes, ctypes.c_void_p(stream), pointers, None)
+            if self.trap_report is not None:
+                self._wait_for_debug_build(stream)
+
+    def _wait_for_debug_build(self, stream: int) -> None:
+        """Raises DriverError, naming the barrier, where the kernel waited too long. Not while a graph is captured."""
+        assert self.trap_report is not None
+        capturing = ctypes.c_int()
+        call("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(capturing))
+        if capturing.value:
+            return
+        code = library().cuStreamSynchronize(ctypes.c_void_p(stream))
+        name = self.trap_report.value.to_bytes(8, "little").rstrip(b"\0").decode(errors="replace")
+        if code:
+            detail = f"the kernel waited too long for barrier {name!r}" if name else ""
+            raise DriverError("cuStreamSynchronize", code, _error_name(code), detail)
 
 
 def zero(pointer: int, nbytes: int, ordinal: int, stream: int) -> None:
@@ -158,5 +192,28 @@ def load(cubin: bytes, name: str, ordinal: int, shared_bytes: int) -> Function:
         call("cuModuleLoadData", ctypes.byref(module), cubin, detail=name)
         call("cuModuleGetFunction", ctypes.byref(function), module, name.encode(), detail=name)
         detail = f"{name}: {shared_bytes} bytes of shared memory"
+        report = _attach_trap_report(module) if _TRAP_REPORT in cubin else None
         call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes, detail=detail)
-    return Function(function, ordinal)
+    return Function(function, ordinal, report)
+
+
+def _attach_trap_report(module: ctypes.c_void_p) -> ctypes.c_uint64:
+    """Gives a debug build (<rtk/debug.cuh>) eight bytes of host memory that outlive its context."""
+    variable, size, memory = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_void_p()
+    call("cuModuleGetGlobal_v2", ctypes.byref(variable), ctypes.byref(size), module, _TRAP_REPORT)
+    call("cuMemHostAlloc", ctypes.byref(memory), ctypes.c_size_t(8), _HOST_MEMORY_PORTABLE_MAPPED)
+    assert memory.value is not None
+    report = ctypes.c_uint64.from_address(memory.value)
+    report.value = 0
+    call("cuMemcpyHtoD_v2", variable, ctypes.byref(ctypes.c_uint64(memory.value)), ctypes.c_size_t(8))
+    return report
+
+
+def _after_fork() -> None:
+    """What was learnt through the driver is forgotten, so that the child's next use of it meets the error."""
+    if _started_in is not None:
+        for known in (library, device_properties, _primary_context):
+            known.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

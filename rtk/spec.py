@@ -21,7 +21,8 @@ Config = TypeVar("Config")  # a frozen dataclass of ints and bools, in upper cas
 
 CUDA_SOURCE = Path(__file__).resolve().parent / "cuda_src"
 # RTK_DEBUG=1: a wait that lasts two seconds traps.
-_DEBUG_OPTIONS = ("-DRTK_SPIN_LIMIT_NS=2000000000ull",)
+_SPIN_LIMIT = "-DRTK_SPIN_LIMIT_NS=2000000000u"
+_DEBUG_OPTIONS = {"1": (_SPIN_LIMIT,), "delays": (_SPIN_LIMIT, "-DRTK_RANDOM_DELAYS")}
 SHARED_BYTES_PER_BLOCK = 232_448  # 227 KiB: what one block may have on compute capability 9.0
 
 
@@ -91,7 +92,7 @@ class KernelSpec(ABC, Generic[Problem, Config]):
             name=label,
             text=text,
             include_dirs=tuple(str(folder) for folder in self.include_dirs),
-            options=_DEBUG_OPTIONS if os.environ.get("RTK_DEBUG") == "1" else (),
+            options=_DEBUG_OPTIONS.get(os.environ.get("RTK_DEBUG", ""), ()),
         )
 
 

@@ -1,6 +1,6 @@
 // mbarriers in shared memory: threads (and the TMA unit, by bytes) arrive, others wait for a phase to complete.
 #pragma once
-#include <rtk/ptx.cuh>
+#include <rtk/debug.cuh>
 
 namespace rtk {
 
@@ -12,6 +12,7 @@ struct Barrier {
     }
 
     RTK_DEVICE void arrive() {
+        random_delay();
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
     }
 
@@ -34,17 +35,15 @@ struct Barrier {
     }
 
     // Returns once the phase of this parity has completed: what was written before it is visible after it.
-    RTK_DEVICE void wait(u32 parity) {
-#ifdef RTK_SPIN_LIMIT_NS
-        // Debug builds: a wait that cannot end traps instead of hanging the device.
-        const u64 start = global_nanoseconds();
-        while (!try_wait(parity)) {
-            if (global_nanoseconds() - start > RTK_SPIN_LIMIT_NS) __trap();
+    // `name` is what a debug build reports where the wait does not end.
+    RTK_DEVICE void wait(u32 parity, Name name) {
+        random_delay();
+        if (!try_wait(parity)) {
+            const SpinLimit limit;
+            do limit.check(name);
+            while (!try_wait(parity));
         }
-#else
-        while (!try_wait(parity)) {
-        }
-#endif
+        random_delay();
     }
 };
 

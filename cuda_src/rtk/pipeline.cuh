@@ -35,14 +35,14 @@ struct RingPosition {
 };
 
 template <int STAGES>
-RTK_DEVICE void wait_full(RingBarriers<STAGES>& ring, const RingPosition<STAGES>& position) {
-    ring.full[position.stage].wait(position.phase);
+RTK_DEVICE void wait_full(RingBarriers<STAGES>& ring, const RingPosition<STAGES>& position, Name name) {
+    ring.full[position.stage].wait(position.phase, name);
 }
 
 // In the first round every stage is empty already: waiting for the parity before the first passes at once.
 template <int STAGES>
-RTK_DEVICE void wait_empty(RingBarriers<STAGES>& ring, const RingPosition<STAGES>& position) {
-    ring.empty[position.stage].wait(position.phase ^ 1);
+RTK_DEVICE void wait_empty(RingBarriers<STAGES>& ring, const RingPosition<STAGES>& position, Name name) {
+    ring.empty[position.stage].wait(position.phase ^ 1, name);
 }
 
 // One lane of every consumer warp hands the stage back, since each warp of a wgmma reads it on its own.

@@ -57,7 +57,7 @@ struct TileProducer {
         int tile = blockIdx.x;
         while (true) {
             if constexpr (SCHEDULER == DYNAMIC) {
-                wait_empty(ring.barriers, position);
+                wait_empty(ring.barriers, position, "tile emp");
                 ring.tile[position.stage] = tile;
                 ring.barriers.full[position.stage].arrive();
                 position.advance();
@@ -79,9 +79,10 @@ struct TileConsumer {
         int tile = blockIdx.x;
         while (true) {
             if constexpr (SCHEDULER == DYNAMIC) {
-                wait_full(ring.barriers, position);
-                tile = ring.tile[position.stage];
-                __syncwarp();
+                wait_full(ring.barriers, position, "tile ful");
+                // Read by the lane that hands the stage back.
+                if (threadIdx.x % WARP_SIZE == 0) tile = ring.tile[position.stage];
+                tile = warp_uniform(tile);
                 release(ring.barriers, position);
                 position.advance();
             }

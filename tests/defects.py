@@ -1,0 +1,159 @@
+"""Planted defects: small changes of the real sources, each of which a named check must catch.
+
+`old` stands exactly once in the file. A defect of ordering need not show in a run where everything is on time, so it is
+built with random delays at barriers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KERNEL = "cuda_src/attention_fwd.cuh"
+
+
+@dataclass(frozen=True)
+class Defect:
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: str  # a function of tests/kernel_checks.py
+    delays: bool = False
+
+
+DEFECTS = (
+    Defect(
+        "no wait for V",
+        KERNEL,
+        '        wait_full(shared.v_ring, v, "v full");\n        multiply_pv();\n        pass_turn();',
+        "        multiply_pv();\n        pass_turn();",
+        "the_same_bits",
+        delays=True,
+    ),
+    Defect(
+        "V handed back by the first warp",
+        KERNEL,
+        "shared.v_ring.init(CONSUMER_WARPS)",
+        "shared.v_ring.init(1)",
+        "the_same_bits",
+        delays=True,
+    ),
+    Defect(
+        "Q handed back after the first tile",
+        KERNEL,
+        "            --n_block;\n            if constexpr (Config::MASK_RIGHT) {",
+        "            --n_block;\n            release(shared.q_ring, q);\n"
+        "            if constexpr (Config::MASK_RIGHT) {",
+        "many_tiles",
+        delays=True,
+    ),
+    Defect(
+        "wrong phase of the ring",
+        "cuda_src/rtk/pipeline.cuh",
+        "            stage = 0;\n            phase ^= 1;",
+        "            stage = 0;",
+        "full",
+    ),
+    Defect(
+        "swapped stage",
+        KERNEL,
+        "shared_address(shared.v[v.stage])",
+        "shared_address(shared.v[Config::STAGES - 1 - v.stage])",
+        "full",
+    ),
+    Defect(
+        "causal edge off by one",
+        "cuda_src/rtk/mask.cuh",
+        "row + 8 * r + extent.diagonal_right - column",
+        "row + 8 * r + extent.diagonal_right + 1 - column",
+        "causal_edge",
+    ),
+    Defect("window off by one", "cuda_src/rtk/mask.cuh", "offset >= first", "offset > first", "window_edges"),
+    Defect(
+        "a masked tile taken for clear",
+        "cuda_src/rtk/mask.cuh",
+        "max(0, first_row + extent.diagonal_right + 1) / N",
+        "max(0, first_row + extent.diagonal_right + N) / N",
+        "causal_edge",
+    ),
+    Defect(
+        "keys beyond the sequence counted",
+        "cuda_src/rtk/mask.cuh",
+        "int last = extent.seqlen_k - 1 - column;",
+        "int last = extent.seqlen_k + 7 - column;",
+        "ragged_keys",
+    ),
+    Defect("dropped rescale of O", KERNEL, "        rescale(correction);\n", "", "late_maximum"),
+    Defect(
+        "row sum not corrected",
+        "cuda_src/rtk/softmax.cuh",
+        "            row_sum[row] *= correction[row];\n",
+        "",
+        "late_maximum",
+    ),
+    Defect(
+        "maximum over half a row",
+        "cuda_src/rtk/softmax.cuh",
+        "    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));",
+        "    return x;",
+        "late_maximum",
+    ),
+    Defect(
+        "row sum of one thread of four", "cuda_src/rtk/softmax.cuh", "quad_sum(row_sum[row])", "row_sum[row]", "full"
+    ),
+    Defect(
+        "wrong KV head", KERNEL, "tile.head / params.heads_per_kv", "tile.head % params.heads_per_kv", "grouped_heads"
+    ),
+    Defect(
+        "LSE in base 2",
+        "cuda_src/rtk/softmax.cuh",
+        "(row_max[row] * scale_log2 + log2_approx(sum)) * LN_2",
+        "(row_max[row] * scale_log2 + log2_approx(sum))",
+        "log_sum_exp",
+    ),
+    Defect(
+        "unwritten last row", KERNEL, "row < params.extent.seqlen_q", "row + 1 < params.extent.seqlen_q", "ragged_rows"
+    ),
+    Defect(
+        "32-bit offset of the output",
+        KERNEL,
+        "tile.head * params.o_head_bytes",
+        "static_cast<int>(tile.head * params.o_head_bytes)",
+        "far_offsets",
+    ),
+    Defect(
+        "columns exchanged in the epilogue",
+        "cuda_src/rtk/epilogue.cuh",
+        "const bool upper = threadIdx.x & step;",
+        "const bool upper = !(threadIdx.x & step);",
+        "all_head_dims",
+    ),
+    Defect(
+        "last group of heads taken for full",
+        "cuda_src/rtk/scheduler.cuh",
+        "const int heads = min(heads_per_group, num_heads_total - first_head);",
+        "const int heads = heads_per_group;",
+        "many_tiles",
+    ),
+    Defect(
+        "tile counter not cleared",
+        "rtk/ops.py",
+        "        driver.zero(workspace_pointer,",
+        "        min(workspace_pointer,",
+        "the_same_bits",
+    ),
+    Defect(
+        "stale tensor map",
+        "rtk/launch.py",
+        "found = self._encoded.get(pointer)",
+        "found = next(iter(self._encoded.values()), None)",
+        "other_addresses",
+    ),
+    Defect(
+        "softcap without its inner scale",
+        KERNEL,
+        "params.scale / params.softcap * 2.0f * LOG2_E",
+        "params.scale * 2.0f * LOG2_E",
+        "softcap",
+    ),
+)

@@ -1,0 +1,181 @@
+"""Small checks of the attention kernel, each of one thing: tests run them on the real sources, and on planted defects.
+
+    python tests/kernel_checks.py NAME ...     # prints one JSON line a check: {"check": ..., "failure": null or text}
+
+Needs torch and a Hopper GPU. In a process of its own, because a defect may hang a kernel or end its context.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import yardstick
+
+Check = Callable[[], None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def _on_gpu(host: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16).cuda()
+
+
+def _compare(
+    *,
+    batch: int = 1,
+    heads_q: int = 2,
+    heads_kv: int = 2,
+    seqlen_q: int = 512,
+    seqlen_k: int = 512,
+    head_dim: int = 64,
+    kind: str = "normal",
+    edges: tuple[int, ...] | None = None,
+    lse_only: bool = False,
+    **options: Any,
+) -> None:
+    """One call into a poisoned output, against float64."""
+    import torch
+
+    import rtk
+
+    shape = {"batch": batch, "heads_q": heads_q, "heads_kv": heads_kv, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    dims = {"head_dim": head_dim, "head_dim_v": head_dim}
+    rng = np.random.default_rng(0)
+    q, k, v = map(_on_gpu, yardstick.make_inputs(kind, **shape, **dims, dtype="bfloat16", rng=rng, edges=edges))
+    poisoned = torch.full((batch, heads_q, seqlen_q, head_dim), float("nan"), dtype=torch.bfloat16, device="cuda")
+    out, lse = rtk.attention(q, k, v, out=poisoned, return_lse=True, **options)
+    ref, ref_lse = yardstick.attention_f64(q, k, v, **options)
+    if not lse_only:
+        yardstick.check(out, ref, yardstick.plain(q, k, v, **options), "bfloat16")
+    yardstick.check_lse(lse, ref_lse)
+
+
+@check
+def full() -> None:
+    _compare()
+
+
+@check
+def ragged_keys() -> None:
+    """The last tile of keys is partly beyond the sequence."""
+    _compare(seqlen_q=300, seqlen_k=777)
+
+
+@check
+def ragged_rows() -> None:
+    """The last rows of a block that is not full are written, and the first."""
+    for rows in (1, 63, 65, 129, 200):
+        _compare(seqlen_q=rows, seqlen_k=300)
+
+
+@check
+def causal_edge() -> None:
+    _compare(kind="index", edges=(0, 1), causal=True)
+    _compare(kind="index", edges=(0, 1), seqlen_q=300, seqlen_k=300, head_dim=128, causal=True)
+
+
+@check
+def window_edges() -> None:
+    _compare(kind="index", edges=(-101, -100, 50, 51), window_size=(100, 50))
+    _compare(kind="index", edges=(-101, -100, 0), head_dim=128, window_size=(100, 0))
+
+
+@check
+def grouped_heads() -> None:
+    _compare(heads_q=6, heads_kv=2)
+
+
+@check
+def log_sum_exp() -> None:
+    _compare(lse_only=True)
+
+
+@check
+def softcap() -> None:
+    _compare(softcap=5.0)
+
+
+@check
+def late_maximum() -> None:
+    """Peaks anywhere in the row: what was accumulated before the peak is rescaled."""
+    _compare(kind="peaked", seqlen_k=2048)
+
+
+@check
+def all_head_dims() -> None:
+    """One of each slab width and both numbers of consumers, so that every column is stored where it belongs."""
+    for head_dim in (24, 80, 96, 128, 256):
+        _compare(head_dim=head_dim, seqlen_q=200, seqlen_k=200)
+
+
+@check
+def many_tiles() -> None:
+    """Blocks take several tiles, longest first, in groups of heads of which the last is not full."""
+    _compare(batch=3, heads_q=18, heads_kv=18, seqlen_q=1024, seqlen_k=1024, head_dim=128, causal=True)
+    _compare(batch=3, heads_q=24, heads_kv=24, seqlen_q=1024, seqlen_k=1024)
+
+
+@check
+def the_same_bits() -> None:
+    """Any order of events gives the same bits: of one call many times, while blocks take many tiles."""
+    import torch
+
+    import rtk
+
+    q, k, v = (torch.randn(2, 24, 700, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    first = rtk.attention(q, k, v, causal=True)
+    for _ in range(20):
+        again = torch.full_like(first, float("nan"))
+        rtk.attention(q, k, v, causal=True, out=again)
+        assert torch.equal(first.view(torch.int16), again.view(torch.int16)), "two runs of one call differ"
+
+
+@check
+def other_addresses() -> None:
+    """The same shape with other tensors: the plan is reused, the addresses are not."""
+    _compare()
+    _compare(kind="outliers")
+    _compare(kind="peaked")
+
+
+@check
+def far_offsets() -> None:
+    """Heads more than 2^31 bytes apart, in q and in the output."""
+    import torch
+
+    import rtk
+
+    head_stride = (1 << 30) + 4096  # elements of two bytes
+    room = torch.empty(2 * head_stride + (1 << 20), dtype=torch.bfloat16, device="cuda")
+    shape, strides = (1, 3, 200, 64), (1, head_stride, 64, 1)
+    q = room.as_strided(shape, strides)
+    q.copy_(torch.randn(shape, device="cuda"))
+    k, v = (torch.randn(1, 3, 200, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    expected = rtk.attention(q.contiguous(), k, v)
+    out = torch.empty_like(room).as_strided(shape, strides)
+    rtk.attention(q, k, v, out=out)
+    assert torch.equal(out.contiguous(), expected), "a result depends on how far apart heads are"
+
+
+def main() -> None:
+    for name in sys.argv[1:] or list(CHECKS):
+        failure = None
+        try:
+            CHECKS[name]()
+        except Exception as error:  # an assertion, or a context that a defect has ended
+            failure = f"{type(error).__name__}: {error}".strip()[:400]
+        print(json.dumps({"check": name, "failure": failure}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
