@@ -12,19 +12,17 @@ import argparse
 import datetime
 import json
 import math
-import shutil
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rtk import digest, driver, jit, toolchain
+from rtk import digest, driver, toolchain
 from rtk.benchmarks import peers, timing
-from rtk.cache import Cache
-from rtk.kernels.attention_fwd import SPEC
-from rtk.problem import attention_problem
 
 TOKENS, MODEL_DIM, SEQLEN = 16384, 2048, 8192
 CELLS = [(head_dim, causal) for head_dim in (64, 128, 256) for causal in (False, True)]
@@ -34,7 +32,7 @@ MAX_RMS_ERROR = 0.01  # bf16 stays near 0.002: an implementation beyond this com
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path("forward.json"), help="the JSON file to write (%(default)s)")
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
     found, absent = peers.present()
@@ -108,29 +106,12 @@ def _rms_error(o: Any, q: Any, k: Any, v: Any, causal: bool) -> float:
 
 
 def _cold_start() -> Iterator[dict[str, Any]]:
-    """Compiling one kernel with an empty cache, and loading it from disk in a process that has not compiled it."""
+    """Compiling one kernel with an empty cache, and loading it from disk: each in a process that did nothing before."""
     for head_dim, causal in CELLS:
-        shape = (TOKENS // SEQLEN, MODEL_DIM // head_dim, SEQLEN, head_dim)
-        problem = attention_problem(
-            shape,
-            shape,
-            shape,
-            "bfloat16",
-            causal=causal,
-            causal_align="bottom-right",
-            window_size=None,
-            softmax_scale=None,
-            softcap=0.0,
-            layout="bhsd",
-        )
-        source = SPEC.render(SPEC.pick(problem))
-        compile_ms, load_ms = [], []
-        for _ in range(3):
-            with tempfile.TemporaryDirectory() as folder:
-                cold, warm = Path(folder) / "cold", Path(folder) / "warm"
-                compile_ms.append(_milliseconds(source, Cache(cold)))
-                shutil.copytree(cold, warm)  # the same entry elsewhere: on disk, and in no memory
-                load_ms.append(_milliseconds(source, Cache(warm)))
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [_in_new_process(head_dim, causal, Path(folder) / str(i)) for i in range(3)]
+            loads = [_in_new_process(head_dim, causal, Path(folder) / str(i)) for i in range(3)]
+        assert not any(run["from_cache"] for run in runs) and all(run["from_cache"] for run in loads)
         record = {
             "suite": "coldstart",
             "op": "attention_fwd",
@@ -139,18 +120,25 @@ def _cold_start() -> Iterator[dict[str, Any]]:
             "head_dim": head_dim,
             "head_dim_v": head_dim,
             "causal": causal,
-            "compile_ms": round(statistics.median(compile_ms), 1),
-            "load_ms": round(statistics.median(load_ms), 3),
-            "problems": jit.build(source).report.problems(),
+            "compile_ms": round(statistics.median(run["build_ms"] for run in runs), 1),
+            "load_ms": round(statistics.median(run["build_ms"] for run in loads), 3),
+            "module_load_ms": round(statistics.median(run["module_load_ms"] for run in loads), 3),
+            "problems": runs[0]["problems"],
         }
-        print(f"{source.name}: compiled in {record['compile_ms']} ms, from disk in {record['load_ms']} ms", flush=True)
+        print(
+            {name: record[name] for name in ("head_dim", "causal", "compile_ms", "load_ms", "module_load_ms")},
+            flush=True,
+        )
         yield record
 
 
-def _milliseconds(source: jit.Source, cache: Cache) -> float:
-    start = time.perf_counter()
-    jit.build(source, cache=cache)
-    return (time.perf_counter() - start) * 1e3
+def _in_new_process(head_dim: int, causal: bool, cache: Path) -> dict[str, Any]:
+    """What `python -m rtk.benchmarks.coldstart` measured with this cache folder."""
+    command = [sys.executable, "-m", "rtk.benchmarks.coldstart", str(head_dim), "causal" if causal else "full"]
+    environment = {**os.environ, "RTK_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def _gemm_tflops() -> float:

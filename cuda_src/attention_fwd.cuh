@@ -184,7 +184,7 @@ struct AttentionFwdConsumer {
 #pragma unroll
         for (int step = 0; step < Config::BLOCK_N / 16; ++step) {
             Wgmma<Element, T::HEAD_DIM_V>::rs(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
-                                              v_tile.at(step * 16 * T::VTile::ROW_BYTES), 1);
+                                              v_tile.at(step * 16 * T::VTile::ROW_BYTES));
         }
         wgmma_commit();
     }

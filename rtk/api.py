@@ -60,6 +60,8 @@ def attention(
 
         The work is enqueued on the caller's current stream. Repeats of a call give the same bits. A NaN or infinity in
         a key or value that is masked may reach queries whose tile holds it; beyond seqlen_k nothing is ever read.
+        Before capturing a CUDA graph, make the call once: the first one compiles and loads its kernel, which a capture
+        does not allow.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or values that do not fit each other.
@@ -88,6 +90,7 @@ def flash_attn_func(
     q: Any,
     k: Any,
     v: Any,
+    *,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
@@ -96,7 +99,8 @@ def flash_attn_func(
 ) -> Any:
     """`attention` in the form FlashAttention's users know: (batch, seqlen, heads, head_dim), windows unbounded at -1.
 
-    Shapes, dtypes, returned values and errors are those of `attention` with layout="bshd".
+    Options are keywords only: FlashAttention-2's fourth positional argument is a dropout probability, and there is no
+    dropout here. Shapes, dtypes, returned values and errors are those of `attention` with layout="bshd".
     """
     return ops.attention_fwd(
         q,

@@ -18,6 +18,7 @@ are never visited, and only blocks on the interval's edges are masked element by
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,22 +98,28 @@ def attention_fwd(
     batch, heads_q, seqlen_q, _ = q.shape
     heads_kv, seqlen_k, head_dim_v = v.shape[1:]
     band = _Band.of(window_left, window_right, diagonal, seqlen_q, seqlen_k)
-    block_m = min(max(_SCORES_PER_BLOCK // (heads_q * block_n), _MIN_ROWS), _MAX_ROWS)
+    group = heads_q // heads_kv
+    # As many heads together as fit with the fewest rows, then as many rows as fit with these heads.
+    heads_m = min(max(_SCORES_PER_BLOCK // (group * _MIN_ROWS * block_n), 1), heads_kv)
+    block_m = min(max(_SCORES_PER_BLOCK // (heads_m * group * block_n), _MIN_ROWS), _MAX_ROWS)
     o = np.empty((batch, heads_q, seqlen_q, head_dim_v), q.dtype)
     lse = np.empty((batch, heads_q, seqlen_q), compute)
     # inf - inf, exp(-inf) and log(0) mean what they say here; overflow in a cast to 16 bits gives inf, as on the GPU.
     with np.errstate(all="ignore"):
-        for b in range(batch):
-            for start in range(0, seqlen_q, block_m):
-                rows = slice(start, min(start + block_m, seqlen_q))
-                # The query heads that share a key/value head stand behind one another, as rows of one matrix.
-                grouped = (heads_kv, heads_q // heads_kv, rows.stop - rows.start)
-                q_block = q[b, :, rows].astype(compute, order="C").reshape(heads_kv, -1, q.shape[3])
-                o_block, lse_block = _attend(
-                    q_block, k[b], v[b], band, rows, grouped, softmax_scale, softcap, block_n, compute
-                )
-                o[b, :, rows] = o_block.reshape(heads_q, -1, head_dim_v)
-                lse[b, :, rows] = lse_block.reshape(heads_q, -1)
+        for b, first, start in itertools.product(
+            range(batch), range(0, heads_kv, heads_m), range(0, seqlen_q, block_m)
+        ):
+            rows = slice(start, min(start + block_m, seqlen_q))
+            kv_heads = slice(first, min(first + heads_m, heads_kv))
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            # The query heads that share a key/value head stand behind one another, as rows of one matrix.
+            grouped = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
+            q_block = q[b, heads, rows].astype(compute, order="C").reshape(grouped[0], -1, q.shape[3])
+            o_block, lse_block = _attend(
+                q_block, k[b, kv_heads], v[b, kv_heads], band, rows, grouped, softmax_scale, softcap, block_n, compute
+            )
+            o[b, heads, rows] = o_block.reshape(-1, grouped[2], head_dim_v)
+            lse[b, heads, rows] = lse_block.reshape(-1, grouped[2])
     return o, lse
 
 

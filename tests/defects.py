@@ -85,6 +85,13 @@ DEFECTS = (
     ),
     Defect("dropped rescale of O", KERNEL, "        rescale(correction);\n", "", "late_maximum"),
     Defect(
+        "correction from a rounded offset",
+        "cuda_src/rtk/softmax.cuh",
+        "exp2_approx((previous - finite_max) * scale_log2)",
+        "exp2_approx(previous * scale_log2 - offset[row])",
+        "long_rows",
+    ),
+    Defect(
         "row sum not corrected",
         "cuda_src/rtk/softmax.cuh",
         "            row_sum[row] *= correction[row];\n",

@@ -112,6 +112,20 @@ def late_maximum() -> None:
 
 
 @check
+def long_rows() -> None:
+    """A thousand tiles whose scores all lie near 50: what each tile leaves of a rounding error adds up."""
+    import rtk
+    import torch
+
+    q = torch.full((1, 1, 64, 64), 2.5, dtype=torch.bfloat16, device="cuda")
+    k = 2.5 + 0.02 * torch.randn(1, 1, 131072, 64, device="cuda")
+    k, v = k.to(torch.bfloat16), torch.randn(1, 1, 131072, 64, device="cuda", dtype=torch.bfloat16)
+    _, lse = rtk.attention(q, k, v, return_lse=True)
+    _, ref_lse = yardstick.attention_f64(q, k, v)
+    yardstick.check_lse(lse, ref_lse, atol=5e-5, rtol=1e-6)
+
+
+@check
 def all_head_dims() -> None:
     """One of each slab width and both numbers of consumers, so that every column is stored where it belongs."""
     for head_dim in (24, 80, 96, 128, 256):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from rtk.digest import sources_digest
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^(?:<!-- needs: (?P<needs>[\w ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -101,6 +103,13 @@ def test_the_readmes_figures_are_the_recorded_ones():
     for head_dim, mask, figures in rows:
         expected = [f"{of[int(head_dim), mask == 'causal', impl]:.0f}" for impl in ("rtk", "fa3", "cudnn", "fa2")]
         assert figures.split(" | ") == expected
+
+
+def test_the_recorded_run_is_of_these_cuda_sources():
+    recorded = json.loads((ROOT / "benchmarks/results/h200/forward.json").read_text())
+    assert recorded["meta"]["sources"]["cuda_src"] == sources_digest()["cuda_src"], (
+        "make benchmarks/forward.py's run anew"
+    )
 
 
 def test_the_recorded_run_reaches_what_was_asked_of_it():

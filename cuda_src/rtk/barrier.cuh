@@ -8,7 +8,7 @@ struct Barrier {
     u64 state;
 
     RTK_DEVICE void init(int arrivals) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
     }
 
     RTK_DEVICE void arrive() {

@@ -34,9 +34,9 @@ struct OnlineSoftmax {
         float offset[2];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            float tile_max = scores[2 * row];
+            float tile_max = fmaxf(scores[2 * row], scores[2 * row + 1]);
 #pragma unroll
-            for (int i = 0; i < COUNT; i += 4) {
+            for (int i = 4; i < COUNT; i += 4) {
                 tile_max = fmaxf(tile_max, fmaxf(scores[i + 2 * row], scores[i + 2 * row + 1]));
             }
             const float previous = row_max[row];
@@ -44,7 +44,9 @@ struct OnlineSoftmax {
             // A row that has seen no key yet has maximum -inf: subtracting it would make NaN of its zeros.
             const float finite_max = row_max[row] == negative_infinity() ? 0.0f : row_max[row];
             offset[row] = finite_max * scale_log2;
-            correction[row] = exp2_approx(previous * scale_log2 - offset[row]);
+            // Exactly 1 where the maximum stays: the rounded offset would leave a little of one sign for each tile, and
+            // over a thousand tiles that is seen (lse off by 1e-3 at seqlen 131072 with scores near 50).
+            correction[row] = exp2_approx((previous - finite_max) * scale_log2);
             row_sum[row] *= correction[row];
         }
 #pragma unroll

@@ -22,7 +22,6 @@ RTK_DEVICE int ceil_div_rt(int a, int b) {
 
 // Element types are tags: tiles live in shared memory as bytes, and registers hold either float or packed pairs.
 struct Half {
-    static constexpr bool IS_BF16 = false;
     // Two floats, rounded to nearest even, `lo` in the low half.
     static RTK_DEVICE u32 pack(float lo, float hi) {
         u32 packed;
@@ -32,7 +31,6 @@ struct Half {
 };
 
 struct BFloat16 {
-    static constexpr bool IS_BF16 = true;
     static RTK_DEVICE u32 pack(float lo, float hi) {
         u32 packed;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));

@@ -108,20 +108,21 @@ struct Wgmma;
     " 1, 1, " TRANSPOSE "; }"
 // clang-format on
 
-// ss: A and B (both K-major) from shared memory; rs: A from registers, B MN-major from shared memory.
-#define RTK_WGMMA_STRUCT(ELEMENT, TYPE, N, R0, R1, R2, R3, R4, R5, R6)                                        \
-    template <>                                                                                               \
-    struct Wgmma<ELEMENT, N> {                                                                                \
-        static RTK_DEVICE void ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {                          \
-            asm volatile(RTK_WGMMA_TEXT(TYPE, N, "%" #R0, R1, R2, "0, 0")                                     \
-                         : RTK_OPERANDS_##N                                                                   \
-                         : "l"(a), "l"(b), "r"(accumulate));                                                  \
-        }                                                                                                     \
-        static RTK_DEVICE void rs(float (&d)[N / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int accumulate) { \
-            asm volatile(RTK_WGMMA_TEXT(TYPE, N, "{%" #R0 ",%" #R1 ",%" #R2 ",%" #R3 "}", R4, R5, "1")        \
-                         : RTK_OPERANDS_##N                                                                   \
-                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));                      \
-        }                                                                                                     \
+// ss: D = A * B, or += with `accumulate`; A and B (both K-major) from shared memory.
+// rs: D += A * B; A from registers, B MN-major from shared memory.
+#define RTK_WGMMA_STRUCT(ELEMENT, TYPE, N, R0, R1, R2, R3, R4, R5, R6)                                 \
+    template <>                                                                                        \
+    struct Wgmma<ELEMENT, N> {                                                                         \
+        static RTK_DEVICE void ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {                   \
+            asm volatile(RTK_WGMMA_TEXT(TYPE, N, "%" #R0, R1, R2, "0, 0")                              \
+                         : RTK_OPERANDS_##N                                                            \
+                         : "l"(a), "l"(b), "r"(accumulate));                                           \
+        }                                                                                              \
+        static RTK_DEVICE void rs(float (&d)[N / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {          \
+            asm volatile(RTK_WGMMA_TEXT(TYPE, N, "{%" #R0 ",%" #R1 ",%" #R2 ",%" #R3 "}", R4, R5, "1") \
+                         : RTK_OPERANDS_##N                                                            \
+                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(1));                        \
+        }                                                                                              \
     };
 #define RTK_WGMMA_SHAPE(...) RTK_WGMMA_STRUCT(Half, "f16", __VA_ARGS__) RTK_WGMMA_STRUCT(BFloat16, "bf16", __VA_ARGS__)
 

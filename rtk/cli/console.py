@@ -43,7 +43,7 @@ def size(count_bytes: float) -> str:
 
 
 def write_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 class Progress:

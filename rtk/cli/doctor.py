@@ -121,7 +121,11 @@ def _gpus() -> Iterator[Check]:
 
     hardware = "no command mends this: rtk's kernels are for Hopper GPUs (H100, H200, GH200)"
     if not driver.available():
-        yield Check("gpu", "missing", "none seen", "lspci | grep -i nvidia  # is one there, waiting for its driver?")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        fix = "lspci | grep -i nvidia  # is one there, waiting for its driver?"
+        if hidden is not None:
+            fix = f"unset CUDA_VISIBLE_DEVICES  # it is {hidden!r}"
+        yield Check("gpu", "missing", "none seen", fix)
         return
     devices = [driver.device_properties(index) for index in range(driver.device_count())]
     usable = [device for device in devices if tuple(device.compute_capability) == _NEEDED_CAPABILITY]
@@ -134,10 +138,6 @@ def _gpus() -> Iterator[Check]:
             yield Check("gpu", "note", f"{detail}: not served, kernels need 9.0", needed=False)
         else:
             yield Check("gpu", "missing", f"{detail}: kernels need 9.0", hardware)
-    if not devices:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        fix = "unset CUDA_VISIBLE_DEVICES" if hidden is not None else "nvidia-smi -L  # what the driver itself sees"
-        yield Check("gpu", "missing", "the driver is there but shows no GPU", fix)
 
 
 def _cupy() -> Iterator[Check]:
