@@ -5,15 +5,20 @@ VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA packages into an environment that only tests torch tensors on the CPU.
 # `make test TORCH=` leaves torch out (its tests skip).
 TORCH ?= torch==2.13.0
+# The other compiler that kernels must compile under, beside the CUDA 12 one of the package. `make test NVRTC13=` leaves
+# it out (its tests skip).
+NVRTC13 ?= nvidia-cuda-nvrtc==13.0.88
 # Two workers: the suite is sized for a machine of two cores. `make test WORKERS=8` where there are more.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+FUZZ_FILES := tests/test_fuzz_gpu.py tests/test_stateful_gpu.py
+MINUTES ?= 9
 CUH = $(shell find cuda_src -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test check check-python check-types check-cuda format compile-all gpu-test clean
+.PHONY: help demo doctor test check check-python check-types check-cuda format compile-all gpu-test fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -28,7 +33,7 @@ $(VENV)/.rtk: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.rtk
 	@echo "adding the test tools to $(VENV) (once)"
-	$(PIP) --editable '.[cuda12,test,dev]' $(TORCH)
+	$(PIP) --editable '.[cuda12,test,dev]' $(TORCH) $(NVRTC13)
 	@touch $@
 
 # --- what people type ------------------------------------------------------------------------------------------------
@@ -59,12 +64,17 @@ format: $(VENV)/.dev ## rewrite what `make check` would complain about
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CUH)
 
-compile-all: $(VENV)/.dev ## compile the kernels' sample of configurations for sm_90a and check each; no GPU needed
-	$(BIN)/python -m pytest tests/test_compile.py -v
+compile-all: $(VENV)/.dev ## compile every config (hours; ARGS="--head-dim 128" for some); goes on where it was stopped
+	$(BIN)/python tests/compile_all.py $(ARGS)
 
 # The current interpreter on purpose: a GPU machine brings its own torch, CuPy and driver. Installs nothing.
-gpu-test: ## the GPU tests with the current python3, recorded in tests/gpu_record.json
-	python3 -m pytest -m gpu tests --gpu-record tests/gpu_record.json
+# In pieces: a run ends before MINUTES are over, with an error, and the next one goes on.
+gpu-test: ## the GPU tests with the current python3, recorded in tests/gpu_record.json; again until it is whole
+	python3 -m pytest -m gpu tests --gpu-record tests/gpu_record.json --gpu-minutes $(MINUTES)
+
+fuzz: ## 20,000 random calls on a GPU, recorded in tests/fuzz_record.json; again until it is whole
+	python3 -m pytest -m gpu $(FUZZ_FILES) --fuzz-examples 20000 \
+		--gpu-record tests/fuzz_record.json --gpu-record-files --gpu-minutes $(MINUTES)
 
 clean: ## remove the environment, builds and caches of this folder (not the cubin cache: rtk cache clear)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,7 @@ theirs. torch and CuPy arrays are read directly (DLPack costs microseconds a ten
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rtk.errors import ArgumentError, ToolchainError, UnsupportedError
+from rtk import driver
+from rtk.errors import ArgumentError, DriverError, RtkError, ToolchainError, UnsupportedError
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # of attention
+ANY_DTYPES = (*DTYPES, "int8", "uint8", "int16", "int32", "int64", "bool")  # of a user's kernel
 _DEVICES = "arrays on a CUDA device or on the CPU"
 
 
@@ -31,18 +34,31 @@ class View:
     device: int | None
 
 
+_ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    return _ITEMSIZE.get(dtype, 2)
+
+
 class Library(Protocol):
     """What an array library can do for a kernel."""
 
     name: str
 
-    def view(self, array: Any, argument: str) -> View: ...
+    def view(self, array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> View:
+        """Where the array's elements are. Raises, naming the argument, where a kernel cannot read them."""
+
     def empty(self, shape: tuple[int, ...], dtype: str, device: int | None) -> Any: ...
     def stream(self, device: int) -> int:
         """The caller's current stream on the device, as a handle."""
 
     def contiguous(self, array: Any) -> Any:
         """A copy in C order."""
+
+    def keep_for_graph(self, temporary: Any) -> None:
+        """Keeps a temporary's memory from other uses where a CUDA graph being captured will use it again."""
 
     def assign(self, target: Any, source: Any) -> None:
         """target[...] = source, where source is of the same library."""
@@ -67,11 +83,10 @@ class Library(Protocol):
 class NumpyLibrary:
     name = "numpy"
 
-    def view(self, array: Any, argument: str) -> View:
-        dtype = array.dtype.name
-        if dtype not in DTYPES:
-            raise ArgumentError(argument, f"dtype {dtype}", ", ".join(DTYPES))
-        strides = tuple(stride // array.itemsize for stride in array.strides)
+    def view(self, array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> View:
+        if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+            raise UnsupportedError(argument, "a masked array", "arrays without a mask", "Fill it: filled(value).")
+        dtype, strides = _dtype_and_strides(array, argument, dtypes)
         return View(array.ctypes.data, array.shape, strides, dtype, None)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int | None) -> Any:
@@ -82,6 +97,9 @@ class NumpyLibrary:
 
     def contiguous(self, array: Any) -> Any:
         return np.array(array, order="C")
+
+    def keep_for_graph(self, temporary: Any) -> None:
+        pass
 
     def assign(self, target: Any, source: Any) -> None:
         target[...] = source
@@ -101,7 +119,25 @@ class NumpyLibrary:
 
     def from_dlpack(self, array: Any) -> Any:
         # NumPy's DLPack knows no bfloat16; libraries that have it also give a NumPy array of ml_dtypes' type.
-        return np.asarray(array) if hasattr(array, "__array__") else np.from_dlpack(array)
+        if hasattr(array, "__array__"):
+            return np.asarray(array)
+        taken = np.from_dlpack(array)
+        if taken.size and taken.flags.owndata:  # NumPy answers a null pointer with memory of its own
+            raise BufferError("it has no memory")
+        return taken
+
+
+def _dtype_and_strides(array: Any, argument: str, dtypes: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
+    """Of a NumPy or CuPy array: the dtype's name, checked, and the strides in elements."""
+    dtype, size = array.dtype, array.itemsize
+    if dtype.name not in dtypes:
+        raise ArgumentError(argument, f"dtype {dtype.name}", ", ".join(dtypes))
+    if not dtype.isnative:
+        raise ArgumentError(argument, f"dtype {dtype.name} in the other byte order", "this machine's byte order")
+    if any(stride % size for stride in array.strides):
+        received = f"strides of {array.strides} bytes, elements of {size}"
+        raise UnsupportedError(argument, received, "strides of whole elements", "Copy the array.")
+    return dtype.name, tuple(stride // size for stride in array.strides)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -124,12 +160,10 @@ class CupyLibrary:
         import cupy
 
         self.cupy = cupy
+        self._kept_for_graphs: list[Any] = []  # as long as the process lives: nothing tells when a graph is gone
 
-    def view(self, array: Any, argument: str) -> View:
-        dtype = array.dtype.name
-        if dtype not in DTYPES:
-            raise ArgumentError(argument, f"dtype {dtype}", ", ".join(DTYPES))
-        strides = tuple(stride // array.itemsize for stride in array.strides)
+    def view(self, array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> View:
+        dtype, strides = _dtype_and_strides(array, argument, dtypes)
         return View(array.data.ptr, array.shape, strides, dtype, array.device.id)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int | None) -> Any:
@@ -142,6 +176,12 @@ class CupyLibrary:
     def contiguous(self, array: Any) -> Any:
         with array.device:
             return self.cupy.array(array, order="C", copy=True)
+
+    def keep_for_graph(self, temporary: Any) -> None:
+        # CuPy's pool knows nothing of graphs, and would hand the memory out again while replays still write to it.
+        stream = self.stream(temporary.device.id)
+        if stream and self.cupy.cuda.runtime.streamIsCapturing(stream):  # the null stream is never captured
+            self._kept_for_graphs.append(temporary)
 
     def assign(self, target: Any, source: Any) -> None:
         with target.device:
@@ -174,16 +214,20 @@ class TorchLibrary:
         import torch
 
         self.torch = torch
-        self.dtype_name = {getattr(torch, name): name for name in DTYPES}
+        self.forward_ad = torch.autograd.forward_ad
+        self.dtype_name = {getattr(torch, name): name for name in ANY_DTYPES}
         self.dtype_of = {name: dtype for dtype, name in self.dtype_name.items()}
 
-    def view(self, array: Any, argument: str) -> View:
-        if array.layout is not self.torch.strided or array.is_quantized:
-            received = f"a tensor of layout {array.layout}, dtype {array.dtype}"
+    def view(self, array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> View:
+        if array.layout is not self.torch.strided or array.is_quantized or array.is_nested:
+            received = f"a {'nested ' * array.is_nested}tensor of layout {array.layout}, dtype {array.dtype}"
             raise ArgumentError(argument, received, "a dense strided tensor")
+        if type(array).__torch_dispatch__ is not self.torch.Tensor.__torch_dispatch__:  # masked, fake, distributed ...
+            received = f"a {type(array).__name__}, which is no plain tensor"
+            raise UnsupportedError(argument, received, "tensors whose elements are their own memory")
         dtype = self.dtype_name.get(array.dtype)
-        if dtype is None:
-            raise ArgumentError(argument, f"dtype {array.dtype}", ", ".join(f"torch.{name}" for name in DTYPES))
+        if dtype is None or dtype not in dtypes:
+            raise ArgumentError(argument, f"dtype {array.dtype}", ", ".join(f"torch.{name}" for name in dtypes))
         device = array.device
         if device.type not in ("cuda", "cpu"):
             raise UnsupportedError(argument, f"a tensor on {device}", _DEVICES)
@@ -194,6 +238,12 @@ class TorchLibrary:
                 "tensors without grad: there is no backward yet",
                 "Call it under torch.no_grad(), or detach() the tensor.",
             )
+        if self.forward_ad._current_level >= 0 and self.forward_ad.unpack_dual(array).tangent is not None:
+            received = "a tensor with a tangent (forward-mode differentiation)"
+            raise UnsupportedError(argument, received, "tensors without one", "Call it on the primal.")
+        if device.type == "cuda" and array.is_neg():
+            received = "a tensor that is negated only when read"
+            raise UnsupportedError(argument, received, "tensors as they lie in memory", "Call resolve_neg() on it.")
         return View(
             array.data_ptr(),
             tuple(array.shape),
@@ -210,6 +260,9 @@ class TorchLibrary:
 
     def contiguous(self, array: Any) -> Any:
         return array.detach().clone(memory_format=self.torch.contiguous_format)
+
+    def keep_for_graph(self, temporary: Any) -> None:
+        pass  # torch captures into a memory pool of the graph's own
 
     def assign(self, target: Any, source: Any) -> None:
         with self.torch.no_grad():
@@ -278,28 +331,54 @@ def adopt(array: Any, argument: str) -> Adopted:
     A GPU array is read by CuPy, or by torch where CuPy is missing, in the order of the current stream. Raises
     ArgumentError for what is no array.
     """
-    if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
-        accepted = "an array of NumPy, CuPy, torch or any library with __dlpack__"
-        raise ArgumentError(argument, f"an object of type {type(array).__name__}", accepted)
     try:
-        kind = int(array.__dlpack_device__()[0])
+        if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
+            accepted = "an array of NumPy, CuPy, torch or any library with __dlpack__"
+            raise ArgumentError(argument, f"an object of type {type(array).__name__}", accepted)
+        kind, ordinal = map(int, array.__dlpack_device__())
+        if kind not in (_DL_CPU, _DL_CUDA):
+            raise UnsupportedError(argument, f"an array on DLPack device type {kind}", _DEVICES)
+        if kind == _DL_CUDA and not (driver.available() and 0 <= ordinal < driver.device_count()):
+            raise ArgumentError(argument, f"an array on cuda:{ordinal}", "an array on the CPU or on a GPU that is here")
+        reader = library("numpy") if kind == _DL_CPU else _gpu_reader()
+        taken = reader.from_dlpack(array)
+        if kind == _DL_CUDA:
+            _check_memory(reader.view(taken, argument), ordinal)
+        return Adopted(taken, reader, _from_dlpack_of(array, argument))
+    except RtkError:
+        raise
     except Exception as error:  # a foreign producer may raise anything
         raise _dlpack_refusal(argument, error) from error
-    if kind not in (_DL_CPU, _DL_CUDA):
-        raise UnsupportedError(argument, f"an array on DLPack device type {kind}", _DEVICES)
-    reader = library("numpy") if kind == _DL_CPU else _gpu_reader()
-    try:
-        taken = reader.from_dlpack(array)
-    except Exception as error:
-        raise _dlpack_refusal(argument, error) from error
-    return Adopted(taken, reader, _from_dlpack_of(array))
 
 
 _DL_CPU, _DL_CUDA = 1, 2  # DLDeviceType
+_MOST_SAID = 300  # characters
+_POINTER_DEVICE_ORDINAL = 9  # CUpointer_attribute
 
 
 def _dlpack_refusal(argument: str, error: Exception) -> ArgumentError:
-    return ArgumentError(argument, f"a DLPack producer that failed: {error!r}", "an array that DLPack can describe")
+    said = repr(error)[:_MOST_SAID]  # a producer's error may hold all of its array
+    return ArgumentError(argument, f"a DLPack producer that failed: {said}", "an array that DLPack can describe")
+
+
+def _check_memory(view: View, device: int) -> None:
+    """BufferError where the first or the last element is not memory of the GPU that the producer named.
+
+    A kernel that read such an address would take the process's CUDA context with it.
+    """
+    if 0 in view.shape:
+        return
+    steps = [(size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)]
+    for element in (sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)):
+        address, ordinal = view.pointer + element * itemsize(view.dtype), ctypes.c_int(-1)
+        pointer = ctypes.c_uint64(address)
+        with driver.on_device(device):
+            try:
+                driver.call("cuPointerGetAttribute", ctypes.byref(ordinal), _POINTER_DEVICE_ORDINAL, pointer)
+            except DriverError as error:
+                raise BufferError(f"{address:#x} is no memory of a GPU: {error}") from error
+        if not device == view.device == ordinal.value:
+            raise BufferError(f"{address:#x} is memory of cuda:{ordinal.value}, not of cuda:{device}")
 
 
 def _gpu_reader() -> Library:
@@ -312,8 +391,18 @@ def _gpu_reader() -> Library:
         raise ToolchainError("reading a GPU array through DLPack needs CuPy", fix) from None
 
 
-def _from_dlpack_of(array: Any) -> Callable[[Any], Any] | None:
+def _from_dlpack_of(array: Any, argument: str) -> Callable[[Any], Any] | None:
     namespace = getattr(array, "__array_namespace__", None)
     home = namespace() if callable(namespace) else sys.modules.get(type(array).__module__.split(".")[0])
-    found: Callable[[Any], Any] | None = getattr(home, "from_dlpack", None)
-    return found
+    from_dlpack: Callable[[Any], Any] | None = getattr(home, "from_dlpack", None)
+    if from_dlpack is None:
+        return None
+
+    def hand_back(result: Any) -> Any:
+        try:
+            return from_dlpack(result)
+        except Exception as error:
+            received = f"an array whose library does not take the result: {error!r}"
+            raise ArgumentError(argument, received, "a library whose from_dlpack works") from error
+
+    return hand_back

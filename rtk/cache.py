@@ -1,4 +1,4 @@
-"""The cubin cache folder: one file an entry, written atomically, verified on every read.
+"""The cubin cache folder: one file an entry, written atomically, verified on every read; read-only folders before it.
 
 No lock is needed for correctness: an entry appears by rename, whole, under a name that is the hash of what made it, so
 two writers can only write the same thing. Trouble with the folder never stops a caller: one CacheWarning, then a miss.
@@ -8,100 +8,97 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
-import re
-import stat
-import struct
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from rtk.errors import ArgumentError, CacheWarning
+from rtk import entries
+from rtk.entries import DamagedError, Entry, UntrustedError
+from rtk.errors import CacheWarning
 
-try:
-    import fcntl
-except ImportError:  # not Linux: entries stay correct, several processes may each compile once
-    fcntl = None  # type: ignore[assignment]
+__all__ = ["Cache", "Entry", "Item", "default_cache"]
 
-__all__ = ["Cache", "Entry", "default_cache"]
-
-_MAGIC = b"rtkcubn1"
-_HEADER = struct.Struct("<8sIQ32s")  # magic, bytes of meta, bytes of cubin, sha256 of key + lengths + meta + cubin
-_SUFFIX = ".cubin"
-_TEMP_SUFFIX = ".tmp"
-_STALE_TEMP_SECONDS = 3600.0  # a writer that was killed leaves its temp file; no writer takes an hour
-_KEY = re.compile(r"[0-9a-f]{16,128}")
+MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A verified entry: the `cubin` and the JSON `meta` stored with it."""
+class Item:
+    """What lies in a cache folder, unread. `used`: when it was last put or got, in seconds since the epoch."""
 
+    path: str
     key: str
-    cubin: bytes
-    meta: dict[str, Any]
+    bytes: int
+    used: float
+    read_only: bool
 
 
 class Cache:
     """Cubins in the folder `root`, at most `max_bytes` in all (least recently used go first).
 
+    The folders of `read_only` are searched first, in order, and never written; theirs may also belong to root. With
+    `for_everyone` what is written can be read by other users, as a folder that fills a container image must be.
+
     Safe for several threads and processes. `get` and `put` never raise for what the folder does to them.
     """
 
-    def __init__(self, root: str | os.PathLike[str] | None = None, max_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        max_bytes: int = MAX_BYTES,
+        *,
+        read_only: Sequence[str | os.PathLike[str]] = (),
+        for_everyone: bool = False,
+    ) -> None:
+        if root is None:
+            *read_only, root = _default_folders()
         # absolute, so that it stays the same folder when the process changes directory
-        self.path = Path(os.path.abspath(root)) if root is not None else _default_root()
+        self.path = Path(os.path.abspath(root))
+        others = (Path(os.path.abspath(folder)) for folder in read_only)
+        self.read_only = tuple(dict.fromkeys(folder for folder in others if folder != self.path))
         self.max_bytes = max_bytes
+        self._folder_mode, self._file_mode = (0o755, 0o644) if for_everyone else (0o700, 0o600)
         self._counters = {"hits": 0, "misses": 0, "writes": 0, "corrupt": 0}
         self._warned: set[str] = set()
         self._bytes: int | None = None  # an estimate of what lies in the folder; None until first counted
 
     # ------------------------------------------------------------------------------------------ reading and writing
 
-    def get(self, key: str) -> Entry | None:
-        """The entry under `key` (hex), or None. A damaged entry is deleted, with a CacheWarning, and is a miss."""
-        path = self._entry_path(key)
-        entry = None
-        if self._folder_is_ours(create=False):
-            try:
-                entry = self._read(path, key)
-            except _DamagedError as damage:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                self._count("corrupt")
-                self._warn(f"entry:{key}", f"cache entry {path} is damaged ({damage}); it is compiled again")
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    self._warn("read", f"cache entry {path} cannot be read: {error}")
-        if entry is None:
-            self._count("misses")
-            return None
-        self._count("hits")
-        with contextlib.suppress(OSError):  # this is the "recently used" that prune() goes by; atime may be off
-            os.utime(path)
-        return entry
+    def get(self, key: str, needs: Collection[str] = ()) -> Entry | None:
+        """The entry under `key` (hex), or None. A damaged entry is deleted, with a CacheWarning, and is a miss.
+
+        `needs` are names that its meta must have; an entry without them is as good as damaged.
+        """
+        name = entries.name_of(key)
+        for folder in (*self.read_only, self.path):
+            if self._usable(folder):
+                entry = self._read(folder, name, needs)
+                if entry is not None:
+                    self._count("hits")
+                    return entry
+        self._count("misses")
+        return None
 
     def contains(self, key: str) -> bool:
         """Whether there is a file under `key`; get() says whether it is any good. Counts as neither hit nor miss."""
-        return self._entry_path(key).exists()
+        name = entries.name_of(key)
+        return any(os.path.exists(folder / name) for folder in (*self.read_only, self.path))
 
     def put(self, key: str, cubin: bytes, meta: dict[str, Any]) -> bool:
         """Store an entry, replacing any under that key. False, after one CacheWarning, if the folder refuses it."""
-        path = self._entry_path(key)
-        meta_bytes = json.dumps(meta, sort_keys=True).encode()
-        digest = _digest(key, meta_bytes, cubin)
-        data = _HEADER.pack(_MAGIC, len(meta_bytes), len(cubin), digest) + meta_bytes + cubin
-        if not self._folder_is_ours(create=True):
+        path = self.path / entries.name_of(key)
+        data = entries.pack(Entry(key, cubin, meta))
+        if not self._usable(self.path, create=True):
             return False
         try:
-            self._write(path, data)
+            entries.write(str(path), data, self._file_mode)
         except OSError as error:
             self._warn("folder", f"cache folder {self.path} cannot be written: {error}")
             return False
@@ -109,86 +106,62 @@ class Cache:
         self._keep_bounded(len(data))
         return True
 
-    def _read(self, path: Path, key: str) -> Entry | None:
-        # O_NOFOLLOW and O_NONBLOCK: what lies there may be anything, a link or a FIFO too.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    def _read(self, folder: Path, name: str, needs: Collection[str]) -> Entry | None:
+        path, ours = folder / name, folder == self.path
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise _DamagedError("not a regular file")
-            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                self._warn("owner", f"cache entry {path} is not ours alone to write; it is not used")
-                return None
-            with open(fd, "rb", closefd=False) as file:
-                header = file.read(_HEADER.size)
-                if len(header) != _HEADER.size:
-                    raise _DamagedError("too short")
-                magic, meta_size, cubin_size, digest = _HEADER.unpack(header)
-                if magic != _MAGIC or info.st_size != _HEADER.size + meta_size + cubin_size:
-                    raise _DamagedError("bad header or length")
-                meta_bytes, cubin = file.read(meta_size), file.read(cubin_size)
-        finally:
-            os.close(fd)
-        if digest != _digest(key, meta_bytes, cubin):
-            raise _DamagedError("bad checksum")
-        return Entry(key, cubin, json.loads(meta_bytes))
-
-    def _write(self, path: Path, data: bytes) -> None:
-        temp = self.path / f".{path.name}.{os.getpid()}.{os.urandom(6).hex()}{_TEMP_SUFFIX}"
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
-            finally:
-                os.close(fd)
-            os.replace(temp, path)
-        except BaseException:  # Ctrl-C too
-            with contextlib.suppress(OSError):
-                temp.unlink()
-            raise
-
-    def _entry_path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
-            raise ArgumentError("key", key, "16 to 128 lower-case hex digits")
-        return self.path / (key + _SUFFIX)
-
-    # -------------------------------------------------------------------------------------------------- the folder
-
-    def _folder_is_ours(self, create: bool) -> bool:
-        """Whether the folder may be used: it exists, is ours, and nobody else can write to it (cubins are code)."""
-        try:
-            info = self._stat_folder(create)
+            entry = entries.read(path, _owners(ours), needs)
+        except DamagedError as damage:
+            if ours:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            self._count("corrupt")
+            self._warn(f"entry:{path}", f"cache entry {path} is damaged ({damage}); it is compiled again")
+        except UntrustedError:
+            self._warn(f"owner:{folder}", f"cache entry {path} is not ours alone to write; it is not used")
         except OSError as error:
-            if create or error.errno != errno.ENOENT:
-                self._warn("folder", f"cache folder {self.path} cannot be used: {error}")
-            return False
-        if not stat.S_ISDIR(info.st_mode):
-            trouble = "is not a folder"
-        elif info.st_uid != os.geteuid():
-            trouble = f"belongs to user {info.st_uid}"
-        elif info.st_mode & 0o022:
-            trouble = f"can be written by others (mode {stat.S_IMODE(info.st_mode):o})"
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                self._warn(f"read:{folder}", f"cache entry {path} cannot be read: {error}")
         else:
-            return True
-        self._warn("folder", f"cache folder {self.path} {trouble}")
-        return False
+            if ours:
+                with contextlib.suppress(OSError):  # the "recently used" that prune() goes by; atime may be off
+                    os.utime(path)
+            return entry
+        return None
 
-    def _stat_folder(self, create: bool) -> os.stat_result:
+    # ------------------------------------------------------------------------------------------------- the folders
+
+    def _usable(self, folder: Path, create: bool = False) -> bool:
+        """Whether a folder may be used: it exists, and nobody untrusted can write to it (cubins are code)."""
+        trouble = self._trouble(folder, create)
+        if trouble and not (trouble == _MISSING and folder == self.path and not create):
+            self._warn_of(folder, trouble)
+        return not trouble
+
+    def _trouble(self, folder: Path, create: bool = False) -> str:
+        """Why a folder cannot be used, or ""."""
         try:
-            return os.stat(self.path)
+            return entries.folder_trouble(self._stat_folder(folder, create), _owners(folder == self.path))
+        except FileNotFoundError:
+            return _MISSING
+        except OSError as error:
+            return f"cannot be used: {error}"
+
+    def _stat_folder(self, folder: Path, create: bool) -> os.stat_result:
+        try:
+            return os.stat(folder)
         except FileNotFoundError:
             if not create:
                 raise
-        os.makedirs(self.path.parent, exist_ok=True)
+        os.makedirs(folder.parent, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process was first
-            os.mkdir(self.path, 0o700)
-        return os.stat(self.path)
+            os.mkdir(folder, self._folder_mode)
+        return os.stat(folder)
 
-    def _count(self, event: str) -> None:
-        with _lock:
-            self._counters[event] += 1
+    def _warn_of(self, folder: Path, trouble: str) -> None:
+        if folder == self.path:
+            self._warn("folder", f"cache folder {folder} {trouble}")
+        else:
+            self._warn(f"folder:{folder}", f"read-only cache folder {folder} {trouble}; it is not searched")
 
     def _warn(self, kind: str, message: str) -> None:
         with _lock:
@@ -199,65 +172,77 @@ class Cache:
             message += "; compiled kernels are kept in memory only"
         warnings.warn(f"rtk: {message}", CacheWarning, stacklevel=4)
 
+    def _count(self, event: str) -> None:
+        with _lock:
+            self._counters[event] += 1
+
     @contextlib.contextmanager
     def compiling(self, key: str, wait_s: float = 20.0) -> Iterator[None]:
         """Hold `key` among the processes that use this folder, so that only one of them compiles it.
 
         Best effort and bounded: after `wait_s` seconds, or where locks do not work, the caller goes on without it.
         """
-        fd = self._lock_key(key, wait_s)
+        held = self._lock_key(key, wait_s)
         try:
             yield
         finally:
-            if fd is not None:
-                os.close(fd)  # releases it
+            if held is not None:
+                held.close()  # releases it
 
-    def _lock_key(self, key: str, wait_s: float) -> int | None:
-        path = self._entry_path(key)
-        if fcntl is None or not hasattr(fcntl, "F_OFD_SETLK") or not self._folder_is_ours(create=True):
+    def _lock_key(self, key: str, wait_s: float) -> FileIO | None:
+        path = self.path / entries.name_of(key)
+        if not self._usable(self.path, create=True):
             return None
-        # One byte of one file per key: nothing to clean up, and the kernel lets go when a process dies. An open-file
-        # lock (OFD), because a plain POSIX lock is lost when any thread closes the file.
+        # One byte of one file per key: nothing to clean up, and the kernel lets go when a process dies. A file object,
+        # not a bare descriptor: Ctrl-C between two lines must not leave the lock held by nobody.
         try:
-            fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            file = open(self.path / ".lock", "a+b", buffering=0)  # noqa: SIM115
+            os.fchmod(file.fileno(), self._file_mode)
         except OSError:
             return None
-        request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, int(key[:15], 16), 1, 0)
+        _lock_files.add(file)
         deadline, pause = time.monotonic() + wait_s, 0.002
-        try:
-            while True:
-                try:
-                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
-                    return fd
-                except OSError as error:
-                    busy = error.errno in (errno.EAGAIN, errno.EACCES)
-                    if not busy or time.monotonic() >= deadline or path.exists():
-                        os.close(fd)
-                        return None
-                time.sleep(pause)
-                pause = min(pause * 1.5, 0.05)
-        except BaseException:
-            os.close(fd)
-            raise
+        while True:
+            locked = entries.try_lock(file.fileno(), int(key[:15], 16))
+            if locked:
+                return file
+            if locked is None or time.monotonic() >= deadline or os.path.exists(path):
+                file.close()
+                return None
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
 
     # --------------------------------------------------------------------------------------------------- keeping house
 
-    def _files(self) -> list[tuple[float, int, str]]:
-        """(last use, bytes, path) of each entry; deletes what killed writers left behind an hour ago or more."""
-        entries: list[tuple[float, int, str]] = []
-        now = time.time()
+    def items(self) -> list[Item]:
+        """Every entry of every folder that can be used, most recently used first; none of them read."""
+        found = [item for folder in (*self.read_only, self.path) for item in self._items(folder)]
+        return sorted(found, key=lambda item: (-item.used, item.key))
+
+    def check(self, item: Item) -> Entry | str:
+        """Reads an item as get() would: the entry, or what is wrong with it. Neither counted nor deleted."""
         try:
-            with os.scandir(self.path) as found:
-                for item in found:
-                    with contextlib.suppress(OSError):
-                        info = item.stat(follow_symlinks=False)
-                        if item.name.endswith(_SUFFIX):
-                            entries.append((info.st_mtime, info.st_size, item.path))
-                        elif item.name.endswith(_TEMP_SUFFIX) and now - info.st_mtime > _STALE_TEMP_SECONDS:
-                            os.unlink(item.path)
-        except OSError:
-            pass
-        return entries
+            return entries.read(item.path, _owners(not item.read_only))
+        except DamagedError as damage:
+            return f"damaged: {damage}"
+        except UntrustedError as reason:
+            return f"can be written by others: {reason}"
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+
+    def discard(self, item: Item) -> bool:
+        """Deletes an item of the written folder; False where that is not possible."""
+        return not item.read_only and _unlink(item.path)
+
+    def _items(self, folder: Path) -> list[Item]:
+        if not self._usable(folder):
+            return []
+        found = []
+        for entry, info in _listed(folder):
+            key = entries.key_of(entry.name)
+            if key is not None:
+                found.append(Item(entry.path, key, info.st_size, info.st_mtime, folder != self.path))
+        return found
 
     def _keep_bounded(self, added: int) -> None:
         with _lock:
@@ -265,67 +250,94 @@ class Cache:
                 self._bytes += added
                 if self._bytes <= self.max_bytes:
                     return
-        self.prune()
+        # Some slack, so that not every put has to scan; and never the newest, which was just asked for.
+        self._evict(self.max_bytes, self.max_bytes * 9 // 10, spared=1)
 
-    def prune(self) -> int:
+    def prune(self, max_bytes: int | None = None) -> int:
         """Delete least recently used entries until the folder is within `max_bytes`; returns how many went."""
-        if not self._folder_is_ours(create=False):
+        limit = self.max_bytes if max_bytes is None else max_bytes
+        return self._evict(limit, limit)
+
+    def _evict(self, limit: int, goal: int, spared: int = 0) -> int:
+        if not self._usable(self.path):
             return 0
-        entries = sorted(self._files())
-        total = sum(size for _, size, _ in entries)
+        self.sweep()
+        oldest_first = sorted(self._items(self.path), key=lambda item: item.used)
+        total = sum(item.bytes for item in oldest_first)
         removed = 0
-        if total > self.max_bytes:
-            goal = self.max_bytes * 9 // 10  # some slack, so that not every put has to scan the folder
-            for _, size, path in entries[:-1]:  # the newest stays: it was just asked for
+        if total > limit:
+            for item in oldest_first[: len(oldest_first) - spared]:
                 if total <= goal:
                     break
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                    removed += 1
-                total -= size
+                removed += _unlink(item.path)
+                total -= item.bytes
         with _lock:
             self._bytes = total
         return removed
 
+    def sweep(self) -> int:
+        """Delete what killed writers left behind; returns how many files."""
+        if not self._usable(self.path):
+            return 0
+        listed = [(entry, info) for entry, info in _listed(self.path) if entries.is_temp(entry.name)]
+        return sum(_unlink(entry.path) for entry, info in listed if entries.is_abandoned(entry.path, info))
+
     def clear(self) -> int:
-        """Delete every entry; returns how many there were. Nothing else in the folder is touched."""
-        removed = 0
-        if self._folder_is_ours(create=False):
-            for _, _, path in self._files():
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                    removed += 1
+        """Delete every entry of the written folder; returns how many. Nothing else in the folder is touched."""
+        self.sweep()
+        removed = sum(_unlink(item.path) for item in self._items(self.path))
         with _lock:
             self._bytes = None
         return removed
 
     def stats(self) -> dict[str, Any]:
-        """path, entries, bytes, max_bytes of the folder; hits, misses, writes, corrupt of this process."""
-        entries = self._files() if self._folder_is_ours(create=False) else []
+        """path, entries, bytes, max_bytes of the written folder; hits, misses, writes, corrupt of this process."""
+        items = self._items(self.path)
         return {
             "path": str(self.path),
-            "entries": len(entries),
-            "bytes": sum(size for _, size, _ in entries),
+            "entries": len(items),
+            "bytes": sum(item.bytes for item in items),
             "max_bytes": self.max_bytes,
             **self._counters,
         }
 
 
-class _DamagedError(Exception):
-    pass
+_MISSING = "does not exist"
 
 
-def _digest(key: str, meta: bytes, cubin: bytes) -> bytes:
-    sha = hashlib.sha256(f"{key} {len(meta)} {len(cubin)} ".encode())
-    sha.update(meta)
-    sha.update(cubin)
-    return sha.digest()
+def _owners(ours: bool) -> tuple[int, ...]:
+    """The users whose files are trusted: of the written folder us, of read-only ones root too."""
+    return (os.geteuid(),) if ours else (os.geteuid(), 0)
 
 
-def _default_root() -> Path:
-    named = os.environ.get("RTK_CACHE_DIR")
-    if named:
-        return Path(os.path.abspath(os.path.expanduser(named)))
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _listed(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
+    found: list[tuple[os.DirEntry[str], os.stat_result]] = []
+    with contextlib.suppress(OSError), os.scandir(folder) as listing:
+        for entry in listing:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                found.append((entry, entry.stat(follow_symlinks=False)))
+    return found
+
+
+def _default_folders() -> tuple[Path, ...]:
+    """What RTK_CACHE_DIR names, separated as in PATH: the last is written, those before it are only read."""
+    *read_only, written = os.environ.get("RTK_CACHE_DIR", "").split(os.pathsep)
+    return *(_absolute(folder) for folder in read_only if folder), _absolute(written) if written else _usual_folder()
+
+
+def _absolute(folder: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(folder)))
+
+
+def _usual_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # the XDG rule: a relative one is ignored
         base = os.path.join(os.path.expanduser("~"), ".cache")
@@ -334,20 +346,25 @@ def _default_root() -> Path:
     return Path(base) / "rtk"
 
 
-_caches: dict[Path, Cache] = {}
+_lock_files: weakref.WeakSet[FileIO] = weakref.WeakSet()
+_caches: dict[tuple[Path, ...], Cache] = {}
 _lock = threading.Lock()  # counters, warnings and the size estimate of every Cache; never held during input or output
 
 
 def default_cache() -> Cache:
-    """The process's cache: RTK_CACHE_DIR, else $XDG_CACHE_HOME/rtk, else ~/.cache/rtk. One Cache per folder."""
-    root = _default_root()
-    return _caches[root] if root in _caches else _caches.setdefault(root, Cache(root))
+    """The process's cache: what RTK_CACHE_DIR names, else $XDG_CACHE_HOME/rtk, else ~/.cache/rtk. One per setting."""
+    folders = _default_folders()
+    if folders not in _caches:
+        _caches.setdefault(folders, Cache(folders[-1], read_only=folders[:-1]))
+    return _caches[folders]
 
 
 def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
+    """The threads that held these locks do not exist in the child."""
     global _lock
     _lock = threading.Lock()
+    for file in list(_lock_files):  # or the parent's lock would last as long as the child
+        file.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)

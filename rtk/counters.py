@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 _lock = threading.Lock()
@@ -23,3 +24,12 @@ def add(name: str, amount: int = 1) -> None:
 def snapshot() -> dict[str, int]:
     with _lock:
         return dict(_counts)
+
+
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -69,6 +69,8 @@ def _forked(parent: str) -> ToolchainError:
 def call(function: str, *arguments: object, detail: str = "") -> None:
     """Calls a driver function; anything but CUDA_SUCCESS raises DriverError."""
     code = getattr(library(), function)(*arguments)
+    if code == _NOT_INITIALIZED:
+        raise _forked("a process")
     if code:
         raise DriverError(function, code, _error_name(code), detail)
 

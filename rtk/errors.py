@@ -16,11 +16,26 @@ __all__ = [
 ]
 
 _CONTEXT_LINES = 4  # source lines shown on each side of an error
+_MAX_SHOWN = 200  # characters of a value that was refused
 _MAX_EXCERPTS = 8  # a broken template can fail in a hundred places; the first few name the cause
 
 
 class RtkError(Exception):
     """The base of every exception that rtk raises on purpose."""
+
+
+def _shown(received: object) -> str:
+    """What was received, in a few words: an object that cannot show itself must not hide the error."""
+    if isinstance(received, str):
+        return received
+    kind = type(received).__name__
+    try:
+        if hasattr(received, "shape") and hasattr(received, "dtype"):  # showing elements would wait for a GPU
+            return f"an object of type {kind}, shape {tuple(received.shape)}, dtype {received.dtype}"
+        text = repr(received)
+    except Exception:
+        return f"an object of type {kind}"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 class _Rejection(RtkError):
@@ -34,8 +49,7 @@ class _Rejection(RtkError):
         self.hint = hint
 
     def __str__(self) -> str:
-        received = self.received if isinstance(self.received, str) else repr(self.received)
-        text = f"rtk: {self.argument}: received {received}; accepted: {self.accepted}."
+        text = f"rtk: {self.argument}: received {_shown(self.received)}; accepted: {self.accepted}."
         return f"{text} {self.hint}" if self.hint else text
 
 

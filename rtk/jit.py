@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from rtk import toolchain
+from rtk import forks, toolchain
 from rtk.cache import Cache, default_cache
 from rtk.errors import ArgumentError, CompileError, ToolchainError
 
@@ -92,6 +92,9 @@ class CompileReport:
         """The report that to_json() gave. KeyError where a field is missing."""
         values = {f.name: data[f.name] for f in fields(cls)}
         return cls(**values | {"warnings": tuple(values["warnings"])})
+
+
+_REPORT_FIELDS = tuple(field.name for field in fields(CompileReport))
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ def key(source: Source, nvrtc_build: str) -> str:
 
 
 def _key(source: Source, nvrtc_build: str, headers: dict[str, str]) -> str:
-    schema = [str(_SCHEMA), *(field.name for field in fields(CompileReport))]  # what a stored entry holds
-    parts = [" ".join(schema), nvrtc_build, source.name, source.text, str(len(source.options)), *_BASE_OPTIONS]
+    schema = " ".join([str(_SCHEMA), *_REPORT_FIELDS])  # what a stored entry holds
+    parts = [schema, nvrtc_build, source.name, source.text, str(len(source.options)), *_BASE_OPTIONS]
     parts += source.options
     for name in sorted(headers):
         parts += (name, headers[name])
@@ -255,9 +258,8 @@ def _check(source: Source) -> None:
         raise ArgumentError("source.text", "a text with a NUL character", "C++ source")
     for option in source.options:
         if _REFUSED_OPTIONS.match(option):
-            raise ArgumentError(
-                "source.options", option, "options that bring in no files", "Use include_dirs: they are keyed."
-            )
+            hint = "Use include_dirs: they are keyed."
+            raise ArgumentError("source.options", option, "options that bring in no files", hint)
 
 
 def _recall(slot: tuple[str, str]) -> Binary | None:
@@ -302,7 +304,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _from_disk(store: Cache, entry_key: str, name: str) -> Binary | None:
-    if (entry := store.get(entry_key)) is None:
+    if (entry := store.get(entry_key, needs=_REPORT_FIELDS)) is None:
         return None
     return Binary(name, entry_key, entry.cubin, replace(CompileReport.from_json(entry.meta), from_cache=True))
 
@@ -313,10 +315,11 @@ def _from_disk(store: Cache, entry_key: str, name: str) -> Binary | None:
 def _compile(source: Source, headers: dict[str, str], entry_key: str, nvrtc_build: str) -> Binary:
     # NVRTC is called through ctypes, not through CuPy's binding: that one releases the GIL too, but costs an import of
     # CuPy (0.2-0.5 s) in a process that may only use torch, and it runs the NVRTC it finds first, whichever we chose.
-    library = toolchain.open_nvrtc()
-    started = time.perf_counter()
-    status, log, cubin = _run_nvrtc(library, source, headers)
-    elapsed_ms = (time.perf_counter() - started) * 1e3
+    with forks.uninterrupted():
+        library = toolchain.open_nvrtc()
+        started = time.perf_counter()
+        status, log, cubin = _run_nvrtc(library, source, headers)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
     texts = headers | {f"{source.name}.cu": source.text}
     if "BUILTIN" in status:  # libnvrtc-builtins, a file of its own, is not there: no fault of the source
         raise ToolchainError(f"NVRTC {nvrtc_build} is not whole: {log.strip() or status}", toolchain.mend())

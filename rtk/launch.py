@@ -3,35 +3,89 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-import functools
+import itertools
+import os
+import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from rtk import counters, driver, jit, tma
+from rtk.arrays import Library, View
 from rtk.driver import Function
+from rtk.errors import ArgumentError, UnsupportedError
+from rtk.spec import (
+    SHARED_BYTES_PER_BLOCK,
+    THREADS_PER_BLOCK,
+    Binding,
+    KernelSpec,
+    TensorMap,
+    TensorOperand,
+    parameter_bytes,
+)
 
-_MAPS_REMEMBERED = 256  # addresses for each tensor of a plan: allocators hand out the same ones again and again
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+PLANS_REMEMBERED = 4096
+_MAPS_REMEMBERED = 1 << 15  # of all plans together; allocators hand out the same addresses again and again
+_MAX_GRID = (1 << 31) - 1
+_ADDRESS_TYPES = (ctypes.c_uint64, ctypes.c_void_p)
+_write_address = struct.Struct("<Q").pack_into
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorOperand:
-    """A tensor that the kernel reads by TMA; dimensions innermost first, strides in elements."""
+class Recent(Generic[Key, Value]):
+    """A bounded table that forgets what was not used for long: at least the last capacity / 2 entries are in it.
 
-    field: str  # of the parameter block
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    box: tuple[int, ...]
-    _encoded: dict[int, bytes] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    Two dicts, the older of which is dropped when the newer is full, so that finding an entry is one lookup. Threads
+    share it without a lock: each step is one operation on a dict, and a race costs at most an entry, made again.
+    """
 
-    def map_at(self, pointer: int) -> bytes:
-        """The tensor map for data at this address."""
-        found = self._encoded.get(pointer)
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._new: dict[Key, Value] = {}
+        self._old: dict[Key, Value] = {}
+
+    def get(self, key: Key) -> Value | None:
+        found = self._new.get(key)
         if found is None:
-            if len(self._encoded) >= _MAPS_REMEMBERED:
-                self._encoded.clear()
-            found = self._encoded[pointer] = tma.encode(pointer, self.dtype, self.shape, self.strides, self.box)
+            found = self._old.get(key)
+            if found is not None:
+                self.put(key, found)
+        return found
+
+    def put(self, key: Key, value: Value) -> None:
+        table = self._new
+        if len(table) >= self._capacity // 2:
+            self._old = table
+            self._new = table = {}
+        table[key] = value
+
+    def clear(self) -> None:
+        self._new, self._old = {}, {}
+
+    def __len__(self) -> int:
+        return len({*list(self._new), *list(self._old)})  # copies: other threads may add meanwhile
+
+
+class _Maps:
+    """The tensor maps of one operand of a plan, by address."""
+
+    _encoded: Recent[tuple[int, int], bytes] = Recent(_MAPS_REMEMBERED)
+    _numbers = itertools.count()
+
+    def __init__(self, operand: TensorOperand, device: int) -> None:
+        self._operand, self._device = operand, device
+        self._number = next(self._numbers)
+
+    def at(self, address: int) -> bytes:
+        key = (self._number, address)
+        found = self._encoded.get(key)
+        if found is None:
+            o = self._operand
+            with driver.on_device(self._device):  # a thread's first call may have no context yet
+                found = tma.encode(address, o.dtype, o.shape, o.strides, o.box)
+            self._encoded.put(key, found)
         return found
 
 
@@ -39,50 +93,146 @@ class Plan:
     """Everything about a launch that does not change from call to call.
 
     A plan holds no state of a call: the parameter block is copied for each, so threads and streams may share a plan.
+    `arrays` names the arrays whose addresses a launch takes, in that order; `report` is the compiler's.
     """
 
     def __init__(
-        self,
-        source: jit.Source,
-        device: int,
-        *,
-        grid: int,
-        threads: int,
-        shared_bytes: int,
-        parameters: ctypes.Structure,
-        tensors: Sequence[TensorOperand],
-        pointers: Sequence[str],
-        workspace_bytes: int = 0,
+        self, source: jit.Source, device: int, binding: Binding, *, grid: int, threads: int, shared_bytes: int
     ) -> None:
+        self.device, self.grid, self.threads, self.shared_bytes = device, grid, threads, shared_bytes
+        self.arrays = (*(operand.field for operand in binding.tensors), *binding.pointers)
+        self.workspace_bytes = binding.workspace_bytes
+        kind = type(binding.parameters)
+        self._template = bytes(binding.parameters).ljust(parameter_bytes(kind), b"\0")
+        # (offset in the parameter block, the tensor maps that go there; None for a plain address)
+        self._slots: list[tuple[int, _Maps | None]] = []
+        self._slots += [(getattr(kind, operand.field).offset, _Maps(operand, device)) for operand in binding.tensors]
+        self._slots += [(getattr(kind, name).offset, None) for name in binding.pointers]
+        if binding.workspace is not None and binding.workspace_bytes:
+            self._slots.append((getattr(kind, binding.workspace).offset, None))
         self.report, self._function = _load(source, device, shared_bytes)
-        self.grid, self.threads, self.shared_bytes = grid, threads, shared_bytes
-        self.workspace_bytes = workspace_bytes  # of device memory, zeroed, that the caller brings to each launch
-        self._template = bytes(parameters)
-        kind = type(parameters)
-        self._tensors = [(getattr(kind, operand.field).offset, operand) for operand in tensors]
-        self._pointers = [getattr(kind, name).offset for name in pointers]
         counters.add("plans")
 
-    def launch(self, tensors: Sequence[int], pointers: Sequence[int], stream: int) -> None:
-        """Runs the kernel on the stream, with the addresses of its tensors and of its plain pointers (0 for null)."""
+    @classmethod
+    def of(
+        cls,
+        spec: KernelSpec[Any, Any],
+        problem: Any,
+        config: Any,
+        views: Mapping[str, View],
+        device: int,
+        *,
+        sm_margin: int = 0,
+    ) -> Plan:
+        """The plan of a problem for arrays that lie as `views` says, on a device, leaving `sm_margin` multiprocessors.
+
+        Builds and loads the kernel. Raises CompileError where the source is refused, ToolchainError without NVRTC, and
+        ArgumentError for what the spec says of itself and cannot be: a grid or a block that is too large, a parameter
+        that is no field of its structure.
+        """
+        binding = spec.bind(problem, config, views)
+        grid = spec.grid(problem, config, driver.device_properties(device).sm_count - sm_margin)
+        if not 0 <= grid <= _MAX_GRID:
+            raise ArgumentError(f"{spec.name}.grid", grid, "0 to 2**31 - 1 blocks")
+        for complaint in (*block_problems(spec, config), *_binding_problems(spec, binding, views)):
+            raise ArgumentError(*complaint)
+        threads, shared_bytes = spec.threads(config), spec.shared_bytes(config)
+        return cls(spec.render(config), device, binding, grid=grid, threads=threads, shared_bytes=shared_bytes)
+
+    def run(self, library: Library, addresses: Sequence[int]) -> None:
+        """Launches on the library's current stream, with a workspace from its allocator where one is needed."""
+        stream = library.stream(self.device)
+        if self.workspace_bytes:
+            # The call's own, from the caller's allocator: no other thread, stream or graph has it.
+            words = -(-self.workspace_bytes // 4)
+            workspace = library.empty((words,), "float32", self.device)
+            pointer = library.view(workspace, "workspace").pointer
+            library.keep_for_graph(workspace)
+            driver.zero(pointer, 4 * words, self.device, stream)
+            addresses = (*addresses, pointer)
+        self.launch(addresses, stream)
+
+    def launch(self, addresses: Sequence[int], stream: int) -> None:
+        """Runs the kernel on the stream, with the addresses of `arrays` (0 for null), then that of a workspace."""
+        if not self.grid:
+            return
         block = bytearray(self._template)
-        for (offset, operand), address in zip(self._tensors, tensors, strict=True):
-            block[offset : offset + tma.MAP_BYTES] = operand.map_at(address)
-        for offset, address in zip(self._pointers, pointers, strict=True):
-            block[offset : offset + 8] = address.to_bytes(8, "little")
+        for (offset, maps), address in zip(self._slots, addresses, strict=True):
+            if maps is None:
+                _write_address(block, offset, address)
+            else:
+                block[offset : offset + tma.MAP_BYTES] = maps.at(address)
         self._function.launch(self.grid, self.threads, self.shared_bytes, stream, block)
         counters.add("launches")
 
 
+def check_device(argument: str, device: int, sm_margin: int) -> None:
+    """Raises UnsupportedError where no kernel can run on the device, ArgumentError where none of it would be left."""
+    properties = driver.device_properties(device)
+    if properties.compute_capability != (9, 0):
+        major, minor = properties.compute_capability
+        received = f"an array on cuda:{device}, {properties.name}, compute capability {major}.{minor}"
+        raise UnsupportedError(argument, received, "a Hopper GPU (H100, H200, GH200), compute capability 9.0")
+    if sm_margin >= properties.sm_count:
+        raise ArgumentError("sm_margin", sm_margin, f"below the {properties.sm_count} multiprocessors of cuda:{device}")
+
+
+# --- what a spec may say of itself ------------------------------------------------------------------------------------
+
+Complaint = tuple[str, object, str]  # what, received, accepted
+
+
+def block_problems(spec: KernelSpec[Any, Any], config: Any) -> list[Complaint]:
+    """What of a config's block no device can serve."""
+    found: list[Complaint] = []
+    if not 1 <= spec.threads(config) <= THREADS_PER_BLOCK:
+        found.append((f"{spec.name}.threads", spec.threads(config), f"1 to {THREADS_PER_BLOCK} threads in a block"))
+    if not 0 <= spec.shared_bytes(config) <= SHARED_BYTES_PER_BLOCK:
+        accepted = f"0 to {SHARED_BYTES_PER_BLOCK} bytes of shared memory for a block"
+        found.append((f"{spec.name}.shared_bytes", spec.shared_bytes(config), accepted))
+    return found
+
+
+def _binding_problems(spec: KernelSpec[Any, Any], binding: Binding, views: Mapping[str, View]) -> list[Complaint]:
+    what, kind = f"{spec.name}.bind", spec.parameters
+    if type(binding.parameters) is not kind:
+        return [(what, f"parameters of type {type(binding.parameters).__name__}", kind.__name__)]
+    fields = {name: member for name, member, *_ in kind._fields_}
+    tensors = [operand.field for operand in binding.tensors]
+    addresses = [*binding.pointers, *([] if binding.workspace is None else [binding.workspace])]
+    found: list[Complaint] = []
+    for name in tensors:
+        if fields.get(name) is not TensorMap:
+            found.append((what, f"the tensor {name!r}", f"a TensorMap of {kind.__name__}"))
+        if name not in views:
+            found.append((what, f"the tensor {name!r}", "a tensor that the call has: a map needs an address"))
+    for name in addresses:
+        if fields.get(name) not in _ADDRESS_TYPES:
+            found.append((what, f"the pointer {name!r}", f"a field of {kind.__name__}, c_uint64 or c_void_p"))
+    if binding.workspace_bytes and binding.workspace is None:
+        found.append((what, f"workspace_bytes {binding.workspace_bytes}", "the field that takes its address, too"))
+    return found
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
 _loading = threading.Lock()
+_loaded: dict[tuple[str, int, int], Function] = {}  # by the binary's key, device and shared memory; never unloaded
 
 
 def _load(source: jit.Source, device: int, shared_bytes: int) -> tuple[jit.CompileReport, Function]:
     binary = jit.build(source)
+    place = (binary.key, device, shared_bytes)
     with _loading:
-        return binary.report, _loaded(binary.cubin, binary.name, device, shared_bytes)
+        if place not in _loaded:
+            _loaded[place] = driver.load(binary.cubin, binary.name, device, shared_bytes)
+        return binary.report, _loaded[place]
 
 
-@functools.cache
-def _loaded(cubin: bytes, name: str, device: int, shared_bytes: int) -> Function:
-    return driver.load(cubin, name, device, shared_bytes)
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child."""
+    global _loading
+    _loading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 from typing import Any
 
 import numpy as np
 
-from rtk import counters, tma
-from rtk.arrays import Library, View
-from rtk.errors import ArgumentError
+from rtk import counters, driver, tma
+from rtk.arrays import DTYPES, Library, View, itemsize
+from rtk.errors import ArgumentError, RtkError, UnsupportedError
 
 _OVERLAP_WORK: Any = 100_000  # steps NumPy may take to decide whether two views share an element
 
@@ -19,7 +22,7 @@ class Operands:
     def __init__(self, library: Library, q: Any, k: Any, v: Any) -> None:
         self.library = library
         self.arrays = [q, k, v]
-        self.views = [library.view(array, name) for array, name in zip(self.arrays, "qkv", strict=True)]
+        self.views = [view_of(library, array, name) for array, name in zip(self.arrays, "qkv", strict=True)]
         self.q, self.k, self.v = self.views
         for name, view in (("k", self.k), ("v", self.v)):
             if view.dtype != self.q.dtype:
@@ -30,20 +33,55 @@ class Operands:
 
     def make_readable(self) -> None:
         """Copies what TMA cannot read where it is."""
-        for index, view in enumerate(self.views):
-            if not tma.expressible(view.pointer, view.shape, view.strides):
-                counters.add("inputs_copied")
-                self.arrays[index] = self.library.contiguous(self.arrays[index])
-                self.views[index] = self.library.view(self.arrays[index], "qkv"[index])
+        copied = [i for i, x in enumerate(self.views) if not tma.expressible(x.pointer, x.shape, x.strides)]
+        for index in copied:
+            view = self.views[index]
+            check_room("qkv"[index], f"a copy for strides {view.strides},", view, view.shape)
+        for index in copied:
+            counters.add("inputs_copied")
+            self.arrays[index] = self.library.contiguous(self.arrays[index])
+            self.library.keep_for_graph(self.arrays[index])
+            self.views[index] = self.library.view(self.arrays[index], "qkv"[index])
         self.q, self.k, self.v = self.views
+
+
+def view_of(library: Library, array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> View:
+    """The array's view, if it is one that can be read."""
+    try:
+        view = library.view(array, argument, dtypes)
+    except RtkError:
+        raise
+    except Exception as error:  # torch.vmap's tensors have no address, a mock's attributes are mocks ...
+        received = f"a {type(array).__name__} that cannot be read: {error}"
+        raise ArgumentError(argument, received, f"a plain array of {library.name}") from error
+    if not view.pointer and 0 not in view.shape:
+        raise ArgumentError(argument, f"a {type(array).__name__} without memory", "an array with elements")
+    if view.device is not None and view.pointer % itemsize(view.dtype):
+        received = f"elements of {itemsize(view.dtype)} bytes at address {view.pointer:#x}"
+        raise ArgumentError(argument, received, "an address that is a multiple of the element's size")
+    return view
 
 
 def device_name(device: int | None) -> str:
     return "the CPU" if device is None else f"cuda:{device}"
 
 
+def check_room(argument: str, what: str, view: View, shape: tuple[int, ...]) -> None:
+    """Refuses what needs a new array larger than all of the device's memory: a view of few elements can be vast."""
+    size = math.prod(shape) * itemsize(view.dtype)
+    room = _host_bytes() if view.device is None else driver.device_properties(view.device).memory_bytes
+    if size > room:
+        accepted = f"no more than the {room} bytes of memory of {device_name(view.device)}"
+        raise UnsupportedError(argument, f"{what} of shape {shape}: {size} bytes", accepted)
+
+
+@functools.cache
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_out(operands: Operands, out: Any, shape: tuple[int, ...]) -> None:
-    view = operands.library.view(out, "out")
+    view = view_of(operands.library, out, "out")
     if view.shape != shape:
         raise ArgumentError("out", f"shape {view.shape}", f"shape {shape}")
     if view.dtype != operands.q.dtype:
@@ -53,14 +91,14 @@ def check_out(operands: Operands, out: Any, shape: tuple[int, ...]) -> None:
         raise ArgumentError("out", received, f"{device_name(operands.q.device)}, as q is")
     if not operands.library.writable(out):
         raise ArgumentError("out", "a read-only array", "one that can be written")
-    if _overlaps_itself(view):
+    if overlaps_itself(view):
         raise ArgumentError("out", f"strides {view.strides}: elements share memory", "distinct elements")
     for name, other in zip("qkv", operands.views, strict=True):
-        if _overlap(view, other):
+        if overlap(view, other):
             raise ArgumentError("out", f"an array that shares memory with {name}", "memory of its own")
 
 
-def _overlaps_itself(view: View) -> bool:
+def overlaps_itself(view: View) -> bool:
     """Whether a step along some dimension may land inside what the smaller steps cover."""
     covered = 0
     for stride, size in sorted((abs(stride), size) for size, stride in zip(view.shape, view.strides, strict=True)):
@@ -71,14 +109,30 @@ def _overlaps_itself(view: View) -> bool:
     return False
 
 
-def _overlap(a: View, b: View) -> bool:
+def overlap(a: View, b: View) -> bool:
     """Whether two views share an element. NumPy solves it from addresses and strides; nothing is read."""
     if 0 in a.shape or 0 in b.shape:
+        return False
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    if a_end <= b_begin or b_end <= a_begin:  # nearly always: asking NumPy takes 40 us
         return False
     try:
         return np.shares_memory(_addresses(a), _addresses(b), max_work=_OVERLAP_WORK)
     except np.exceptions.TooHardError:
         return True
+
+
+def _span(view: View) -> tuple[int, int]:
+    """First byte and end of what the view can reach."""
+    low = high = 0
+    for size, stride in zip(view.shape, view.strides, strict=True):
+        step = (size - 1) * stride
+        if step < 0:
+            low += step
+        else:
+            high += step
+    size_bytes = itemsize(view.dtype)
+    return view.pointer + low * size_bytes, view.pointer + (high + 1) * size_bytes
 
 
 def _addresses(view: View) -> np.ndarray[Any, Any]:
@@ -87,12 +141,8 @@ def _addresses(view: View) -> np.ndarray[Any, Any]:
             "version": 3,
             "data": (view.pointer, True),
             "shape": view.shape,
-            "strides": tuple(stride * _itemsize(view.dtype) for stride in view.strides),
-            "typestr": f"|V{_itemsize(view.dtype)}",
+            "strides": tuple(stride * itemsize(view.dtype) for stride in view.strides),
+            "typestr": f"|V{itemsize(view.dtype)}",
         }
 
     return np.asarray(Interface())
-
-
-def _itemsize(dtype: str) -> int:
-    return {"float64": 8, "float32": 4}.get(dtype, 2)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from rtk import arrays, counters, driver, reference, tma
+from rtk import arrays, counters, reference, tma
 from rtk.arrays import Library, View
-from rtk.errors import ArgumentError, UnsupportedError
+from rtk.errors import ArgumentError, RtkError, UnsupportedError
 from rtk.kernels.attention_fwd import SPEC, AttentionFwdConfig
-from rtk.launch import Plan, TensorOperand
-from rtk.operands import Operands, check_out
-from rtk.problem import AttentionProblem, attention_problem, is_integer, to_bhsd
+from rtk.launch import PLANS_REMEMBERED, Plan, Recent, check_device
+from rtk.operands import Operands, check_out, check_room
+from rtk.problem import AttentionProblem, attention_problem, is_bool, is_integer, to_bhsd, window_bounds
 
 GPU_DTYPES = ("float16", "bfloat16")
-_PLANS_REMEMBERED = 4096
+_GREATEST_SOFTCAP = 1000.0  # beyond, tanh in float32 loses more of a score than float16 can tell
 
-_problem = functools.lru_cache(maxsize=_PLANS_REMEMBERED, typed=True)(attention_problem)
-_plans: dict[Any, Plan] = {}
-_planning = threading.Lock()
+_problem = functools.lru_cache(maxsize=PLANS_REMEMBERED, typed=True)(attention_problem)
+_plans: Recent[Any, Plan] = Recent(PLANS_REMEMBERED)
 
 
 def attention_fwd(
@@ -47,11 +45,13 @@ def attention_fwd(
     options: dict[str, Any] = {
         "causal": causal,
         "causal_align": causal_align,
-        "window_size": tuple(window_size) if isinstance(window_size, list) else window_size,
+        "window_size": window_bounds(window_size),  # checked before it is looked up, where (1, 0) equals (True, 0.0)
         "softmax_scale": softmax_scale,
         "softcap": softcap,
         "layout": layout,
     }
+    if not is_bool(return_lse):
+        raise ArgumentError("return_lse", return_lse, "True or False")
     choices = _Choices(config, batch_invariant, sm_margin)
     library = arrays.library_of(q)
     if library is None:
@@ -67,6 +67,8 @@ def attention_fwd(
     if out is not None:
         check_out(operands, out, to_bhsd(problem.o_shape, layout))
     device = operands.q.device
+    if out is None or device is None:
+        check_room("q", "a result", operands.q, problem.o_shape)
     if device is None:
         return _on_cpu(library, problem, q, k, v, out, layout, return_lse)
     _check_gpu(problem, device, sm_margin)
@@ -91,7 +93,9 @@ def _checked_problem(operands: Operands, options: Mapping[str, Any]) -> Attentio
     shapes = (operands.q.shape, operands.k.shape, operands.v.shape, operands.q.dtype)
     try:
         return _problem(*shapes, **options)
-    except TypeError:  # an argument that cannot be hashed: the check itself says which, and what is accepted
+    except RtkError:
+        raise
+    except Exception:  # an argument that cannot be hashed: the check itself says which, and what is accepted
         return attention_problem(*shapes, **options)
 
 
@@ -111,9 +115,9 @@ def _pinned(problem: AttentionProblem, config: Any) -> AttentionFwdConfig:
     if isinstance(config, Mapping):
         try:
             config = SPEC.config(problem, **config)
-        except (TypeError, ValueError):
-            raise ArgumentError("config", dict(config), accepted) from None
-    if not isinstance(config, AttentionFwdConfig) or not all(isinstance(x, int) for x in astuple(config)):
+        except Exception as error:
+            raise ArgumentError("config", config, accepted) from error
+    if not isinstance(config, AttentionFwdConfig) or not _well_typed(config):
         raise ArgumentError("config", config, accepted)
     reason = SPEC.refusal(problem, config)
     if reason is not None:
@@ -121,17 +125,18 @@ def _pinned(problem: AttentionProblem, config: Any) -> AttentionFwdConfig:
     return config
 
 
+def _well_typed(config: AttentionFwdConfig) -> bool:
+    """Ints and bools where the class has them. (True equals 1, but is another constant.)"""
+    return all(type(getattr(config, field.name)).__name__ == field.type for field in fields(config))
+
+
 def _check_gpu(problem: AttentionProblem, device: int, sm_margin: int) -> None:
     if problem.dtype not in GPU_DTYPES:
         received = f"dtype {problem.dtype} on a GPU"
         raise UnsupportedError("q", received, " or ".join(GPU_DTYPES), "float32 and float64 run on the CPU.")
-    properties = driver.device_properties(device)
-    if properties.compute_capability != (9, 0):
-        major, minor = properties.compute_capability
-        received = f"an array on cuda:{device}, {properties.name}, compute capability {major}.{minor}"
-        raise UnsupportedError("q", received, "a Hopper GPU (H100, H200, GH200), compute capability 9.0")
-    if sm_margin >= properties.sm_count:
-        raise ArgumentError("sm_margin", sm_margin, f"below the {properties.sm_count} multiprocessors of cuda:{device}")
+    if problem.softcap > _GREATEST_SOFTCAP:
+        raise UnsupportedError("softcap", problem.softcap, f"up to {_GREATEST_SOFTCAP:g} on a GPU")
+    check_device("q", device, sm_margin)
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
@@ -155,16 +160,9 @@ def _on_gpu(
     target_view = library.view(target, "out")
     plan = _plan(problem, operands, target_view, layout, choices)
     lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
-    tensors = [view.pointer for view in operands.views]
-    stream = library.stream(device)
-    workspace_pointer = 0
-    if plan.workspace_bytes:
-        # The call's own, from the caller's allocator: no other thread, stream or replay of a graph has it.
-        workspace = library.empty((plan.workspace_bytes // 4,), "float32", device)
-        workspace_pointer = library.view(workspace, "workspace").pointer
-        driver.zero(workspace_pointer, plan.workspace_bytes, device, stream)
-    plan.launch(tensors, (target_view.pointer, lse_pointer, workspace_pointer), stream)
+    plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer))
     if out is not None and target is not out:
+        library.keep_for_graph(target)
         library.assign(out, target)
         target = out
     return (target, lse) if return_lse else target
@@ -178,10 +176,7 @@ def _plan(problem: AttentionProblem, operands: Operands, out: View, layout: str,
     plan = _plans.get(key)
     if plan is None:
         plan = _make_plan(problem, operands, out, layout, choices)
-        with _planning:
-            if len(_plans) >= _PLANS_REMEMBERED:
-                _plans.clear()
-            _plans[key] = plan
+        _plans.put(key, plan)
     return plan
 
 
@@ -191,24 +186,12 @@ def _make_plan(problem: AttentionProblem, operands: Operands, out: View, layout:
     else:
         config = SPEC.pick(problem.without_batch() if choices.batch_invariant else problem)
     assert out.device is not None
-    params = SPEC.scalars(problem, config)
-    batch_stride, head_stride, row_stride, _ = to_bhsd(out.strides, layout)
-    params.o_batch_bytes, params.o_head_bytes, params.o_row_bytes = 2 * batch_stride, 2 * head_stride, 2 * row_stride
-    tensors = []
-    for name, view, box in zip("qkv", operands.views, SPEC.boxes(config), strict=True):
-        shape, strides = to_bhsd(view.shape, layout)[::-1], to_bhsd(view.strides, layout)[::-1]
-        tensors.append(TensorOperand(f"{name}_map", problem.dtype, shape, strides, (*box, 1, 1)))
-    return Plan(
-        SPEC.render(config),
-        out.device,
-        grid=SPEC.grid(problem, config, driver.device_properties(out.device), choices.sm_margin),
-        threads=SPEC.threads(config),
-        shared_bytes=SPEC.shared_bytes(config),
-        parameters=params,
-        tensors=tensors,
-        pointers=("o", "lse", "tile_counter"),
-        workspace_bytes=SPEC.workspace_bytes(config),
-    )
+    # As the kernel sees them, whatever the layout: (batch, heads, seqlen, head_dim).
+    views = {
+        name: replace(view, shape=to_bhsd(view.shape, layout), strides=to_bhsd(view.strides, layout))
+        for name, view in zip("qkvo", (*operands.views, out), strict=True)
+    }
+    return Plan.of(SPEC, problem, config, views, out.device, sm_margin=choices.sm_margin)
 
 
 def _empty_answer(operands: Operands, problem: AttentionProblem, out: Any, layout: str, return_lse: bool) -> Any:
@@ -258,10 +241,10 @@ def _through_dlpack(
     q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: Mapping[str, Any], choices: _Choices
 ) -> Any:
     """Arrays of a library unknown here: taken by DLPack, computed, handed back by the library's from_dlpack."""
+    taken = [arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v"))]
     if out is not None:
         received = f"an object of type {type(out).__name__}"
         raise UnsupportedError("out", received, "None: results are handed back through DLPack")
-    taken = [arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v"))]
     for name, operand in zip("kv", taken[1:], strict=True):
         if operand.library is not taken[0].library:
             raise ArgumentError(name, "an array on another kind of device", "arrays on one device")

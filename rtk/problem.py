@@ -17,7 +17,8 @@ ALIGNMENTS = ("bottom-right", "top-left")
 _MAX_DIMENSION = 1 << 30  # positions on the device are 32-bit, and their sums must be too
 _MAX_ROW_BLOCKS = 1 << 30  # output tiles of 64 rows, counted in 32 bits
 
-_FLOAT32_MAX = 3.4028234e38
+_FLOAT32_MAX, _FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the least is that of normal numbers
+_LOG2_E = 1.4426950408889634
 
 Shape = tuple[int, ...]
 
@@ -95,11 +96,11 @@ def attention_problem(
     layout: str,
 ) -> AttentionProblem:
     """Checks the arguments of an attention call against each other. Raises ArgumentError or UnsupportedError."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:  # an array may equal a string, element by element
         raise ArgumentError("layout", layout, " or ".join(map(repr, LAYOUTS)))
-    if causal_align not in ALIGNMENTS:
+    if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
         raise ArgumentError("causal_align", causal_align, " or ".join(map(repr, ALIGNMENTS)))
-    if not _is_bool(causal):
+    if not is_bool(causal):
         raise ArgumentError("causal", causal, "True or False")
     order = "(batch, heads, seqlen, head_dim)" if layout == "bhsd" else "(batch, seqlen, heads, head_dim)"
     for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
@@ -127,7 +128,8 @@ def attention_problem(
         raise UnsupportedError("q", f"shape {q_shape}", "batch * heads * seqlen below 2**36")
     _check_head_dim("q", "head_dim", head_dim)
     _check_head_dim("v", "head_dim_v", head_dim_v)
-    left, right = _window(window_size)
+    left, right = window_bounds(window_size)
+    scale = _scale(softmax_scale, head_dim)
     if causal:
         right = 0 if right is None else min(right, 0)
     return AttentionProblem(
@@ -139,8 +141,8 @@ def attention_problem(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         dtype=dtype,
-        softmax_scale=_scale(softmax_scale, head_dim),
-        softcap=_softcap(softcap),
+        softmax_scale=scale,
+        softcap=_softcap(softcap, scale),
         # A bound that no pair can pass is no bound: the kernel without it is the faster one.
         window_left=None if left is not None and left >= seqlen_q + seqlen_k else left,
         window_right=None if right is not None and right >= seqlen_q + seqlen_k else right,
@@ -153,23 +155,25 @@ def to_bhsd(values: Any, layout: str) -> Any:
     return values if layout == "bhsd" else (values[0], values[2], values[1], values[3])
 
 
-def _is_bool(value: object) -> bool:
+def is_bool(value: object) -> bool:
+    """A bool of Python or NumPy."""
     return isinstance(value, (bool, np.bool_))
 
 
 def is_integer(value: object) -> bool:
     """An int or a NumPy integer, but not a bool."""
-    return isinstance(value, (int, np.integer)) and not _is_bool(value)
+    return isinstance(value, (int, np.integer)) and not is_bool(value)
 
 
 def is_real(value: object) -> bool:
     """A Python or NumPy real number, but not a bool, a string or an array."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not _is_bool(value)
+    return isinstance(value, (int, float, np.integer, np.floating)) and not is_bool(value)
 
 
-def _fits_float32(value: Any) -> bool:
-    """Finite on the device, where it is a float32. (NaN compares as not in range.)"""
-    return bool(abs(value) <= _FLOAT32_MAX)
+def _fits_float32(value: Any, times: float = 1.0) -> bool:
+    """Finite on the device, where it is a float32, also when multiplied. (NaN compares as not in range.)"""
+    # Not as NumPy compares: the bound overflows in float16, and the greatest int has no absolute value.
+    return abs(value if isinstance(value, int) else float(value)) <= _FLOAT32_MAX / times
 
 
 def _check_head_dim(argument: str, name: str, value: int) -> None:
@@ -183,7 +187,8 @@ def _check_head_dim(argument: str, name: str, value: int) -> None:
         )
 
 
-def _window(window_size: Any) -> tuple[int | None, int | None]:
+def window_bounds(window_size: Any) -> tuple[int | None, int | None]:
+    """(left, right), None for unbounded. Given its own result, it returns it."""
     if window_size is None:
         return None, None
     accepted = "None or a pair (left, right) of integers, each None or -1 for unbounded, otherwise at least 0"
@@ -202,12 +207,17 @@ def _window(window_size: Any) -> tuple[int | None, int | None]:
 def _scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not is_real(softmax_scale) or not _fits_float32(softmax_scale):
-        raise ArgumentError("softmax_scale", softmax_scale, "None for 1/sqrt(head_dim), or a finite number")
-    return float(softmax_scale)
+    if not is_real(softmax_scale) or not _fits_float32(softmax_scale, times=_LOG2_E):
+        raise ArgumentError("softmax_scale", softmax_scale, "None for 1/sqrt(head_dim), or a finite number below 2e38")
+    # What is 0 to the device must be 0 to us: a kernel for positive scales would multiply -inf by it.
+    return float(softmax_scale) if abs(float(softmax_scale)) >= _FLOAT32_MIN else 0.0
 
 
-def _softcap(softcap: float) -> float:
+def _softcap(softcap: float, softmax_scale: float) -> float:
     if not is_real(softcap) or not _fits_float32(softcap) or softcap < 0:
         raise ArgumentError("softcap", softcap, "0 for none, or a finite positive number")
-    return float(softcap)
+    cap = float(softcap)
+    if 0 < cap < _FLOAT32_MIN or (cap > 0 and not _fits_float32(softmax_scale / cap, times=2 * _LOG2_E)):
+        accepted = "0 for none, or a positive number by which the scale can be divided in float32"
+        raise ArgumentError("softcap", f"{cap} with softmax_scale {softmax_scale}", accepted)
+    return cap

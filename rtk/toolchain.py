@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -234,7 +235,30 @@ def open_nvrtc() -> ctypes.CDLL:
             raise ToolchainError(
                 f"{tool.path} was taken for NVRTC {tool.build} but is {version[0]}.{version[1]}", mend()
             )
+        _settle(library)
         return _opened.setdefault(tool.path, library)
+
+
+def _settle(library: ctypes.CDLL) -> None:
+    """Lets NVRTC compile nothing, once, while SIGINT is ignored.
+
+    During its first compile it installs a handler that ends the process at Ctrl-C, without a word and with exit code 4;
+    where the signal is ignored it does not. Blocked as well, so that a process of one thread does not miss it.
+    """
+    libc, program, handler = ctypes.CDLL(None), ctypes.c_void_p(), ctypes.create_string_buffer(512)
+    if library.nvrtcCreateProgram(ctypes.byref(program), b"", b"", 0, None, None):
+        return
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        libc.sigaction(signal.SIGINT, None, handler)
+        try:
+            libc.signal(signal.SIGINT, ctypes.c_void_p(signal.SIG_IGN))
+            library.nvrtcCompileProgram(program, 0, None)
+        finally:
+            libc.sigaction(signal.SIGINT, handler, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def version_of(library: ctypes.CDLL) -> tuple[int, int]:

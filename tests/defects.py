@@ -144,16 +144,16 @@ DEFECTS = (
     ),
     Defect(
         "tile counter not cleared",
-        "rtk/ops.py",
-        "        driver.zero(workspace_pointer,",
-        "        min(workspace_pointer,",
+        "rtk/launch.py",
+        "driver.zero(pointer,",
+        "min(pointer,",
         "the_same_bits",
     ),
     Defect(
         "stale tensor map",
         "rtk/launch.py",
-        "found = self._encoded.get(pointer)",
-        "found = next(iter(self._encoded.values()), None)",
+        "key = (self._number, address)",
+        "key = (self._number, 0)",
         "other_addresses",
     ),
     Defect(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtk import entries
 from rtk.cache import Cache, default_cache
 from rtk.errors import ArgumentError, CacheWarning
 
@@ -170,191 +166,6 @@ def test_an_entry_that_is_no_plain_file(tmp_path, kind):
     assert cache.get(OTHER) is not None
 
 
-# --- trouble with the folder: one warning, no exception, memory only -------------------------------------------------
-
-
-def refuse_new_files(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    really_open = os.open
-
-    def open_(path, flags, *rest, **named):
-        if flags & os.O_CREAT:
-            raise OSError(error, os.strerror(error), str(path))
-        return really_open(path, flags, *rest, **named)
-
-    monkeypatch.setattr(os, "open", open_)
-
-
-def a_file_in_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.write_text("a file")
-
-
-def a_file_above_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.rmtree(folder.parent)
-    folder.parent.write_text("a file")
-
-
-def cannot_be_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mkdir(path, *rest, **named):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "mkdir", mkdir)
-
-
-def link_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.symlink_to(folder.name)
-
-
-def group_writable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir()
-    folder.chmod(0o770)
-
-
-def world_writable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir()
-    folder.chmod(0o707)
-
-
-def somebody_elses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir()
-    if os.geteuid() == 0:
-        os.chown(folder, 12345, 12345)
-    else:
-        uid = os.geteuid()
-        monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-
-
-def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir(0o700)
-    refuse_new_files(errno.EROFS, monkeypatch)
-
-
-def no_files_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir(0o700)
-    refuse_new_files(errno.EMFILE, monkeypatch)
-
-
-def full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir(0o700)
-    really_write = os.write
-    written: list[int] = []
-
-    def write(fd, data):
-        if written:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(1)
-        return really_write(fd, bytes(data)[:10])  # a short write first, as a disk that fills up gives
-
-    monkeypatch.setattr(os, "write", write)
-
-
-def cannot_be_renamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def replace(*_):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    monkeypatch.setattr(os, "replace", replace)
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        a_file_in_its_place,
-        a_file_above_it,
-        cannot_be_made,
-        link_loop,
-        group_writable,
-        world_writable,
-        somebody_elses,
-        read_only,
-        no_files_left,
-        full,
-        cannot_be_renamed,
-    ],
-)
-def test_folder_trouble_is_one_warning_and_a_miss(tmp_path, monkeypatch, trouble):
-    folder = tmp_path / "parent" / "cache"
-    folder.parent.mkdir()
-    trouble(folder, monkeypatch)
-    cache = Cache(folder)
-    with warned(1, str(folder)):
-        for _ in range(3):
-            assert cache.get(KEY) is None
-            assert cache.put(KEY, CUBIN, META) is False
-            with cache.compiling(KEY, wait_s=0.1):
-                pass
-        assert cache.prune() == cache.clear() == cache.stats()["entries"] == 0
-    monkeypatch.undo()
-    if folder.is_dir():
-        assert [name for name in os.listdir(folder) if name != ".lock"] == []  # no temp file is left either
-
-
-def test_a_folder_that_goes_away_is_made_again(tmp_path):
-    cache = Cache(tmp_path / "c")
-    cache.put(KEY, CUBIN, META)
-    shutil.rmtree(cache.path)
-    with warned(0):
-        assert cache.get(KEY) is None
-        assert cache.put(KEY, CUBIN, META) and cache.get(KEY) is not None
-
-
-@pytest.mark.parametrize("how", ["owner", "group", "world"])
-def test_an_entry_that_others_could_have_written_is_not_used(tmp_path, monkeypatch, how):
-    cache = Cache(tmp_path)
-    cache.put(KEY, CUBIN, META)
-    if how != "owner":
-        path_of(cache).chmod(0o660 if how == "group" else 0o606)
-    elif os.geteuid() == 0:
-        os.chown(path_of(cache), 12345, -1)
-    else:
-        pytest.skip("only root can give a file away")
-    with warned(1, "not ours alone"):
-        assert cache.get(KEY) is None
-        assert cache.get(KEY) is None
-    assert path_of(cache).exists()  # not ours to delete
-
-
-def test_a_truly_read_only_folder_still_serves_what_is_in_it():
-    """As an ordinary user, with real permissions (root may write anywhere, so it steps down for this)."""
-    root, user = os.geteuid() == 0, 65534
-    folder = Path(tempfile.mkdtemp())
-    try:
-        cache = Cache(folder / "cache")
-        cache.put(KEY, CUBIN, META)
-        if root:
-            for path in (folder, cache.path, path_of(cache)):
-                os.chown(path, user, user)
-        cache.path.chmod(0o500)
-        if root:
-            os.seteuid(user)
-        with warned(1, "cannot be written"):
-            assert cache.get(KEY) is not None
-            assert not cache.put(OTHER, CUBIN, META)
-            assert not cache.put(OTHER, CUBIN, META)
-            with cache.compiling(OTHER, wait_s=0.1):
-                pass
-            assert cache.get(KEY) is not None
-    finally:
-        if root:
-            os.seteuid(0)
-        (folder / "cache").chmod(0o700)
-        shutil.rmtree(folder)
-
-
-def test_a_truly_full_disk(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", str(tmp_path)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here; `full` above covers it in part")
-    try:
-        cache = Cache(tmp_path / "c")
-        assert cache.put(KEY, b"x" * 20_000, META)
-        with warned(1, "cannot be written"):
-            assert not cache.put(OTHER, b"y" * 100_000, META)
-            assert not cache.put(OTHER, b"y" * 100_000, META)
-            assert cache.get(OTHER) is None and cache.get(KEY) is not None
-        assert sorted(os.listdir(cache.path)) == [path_of(cache).name]
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
-
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +187,8 @@ def test_the_least_recently_used_go_first(tmp_path):
     assert small.stats()["bytes"] <= 5000
     left = [key for key in keys if small.contains(key)]
     assert left == [keys[0], *keys[-len(left) + 1 :]] and len(left) >= 3
+    assert small.prune() == 0
+    assert small.prune(2500) == len(left) - 2 and small.contains(keys[0])  # to a bound of the moment, exactly
 
 
 def test_it_stays_bounded_by_itself(tmp_path):
@@ -410,14 +223,42 @@ def test_an_interrupted_put_leaves_nothing(tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == []
 
 
-def test_what_killed_writers_left_goes_after_an_hour(tmp_path):
+def left_behind(folder: Path, name: str, age_s: float) -> Path:
+    path = folder / f".{KEY}.cubin.1.{name}.tmp"
+    path.write_bytes(b"part")
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_killed_writers_left_goes(tmp_path, monkeypatch, locks):
+    """At once where locks show that the writer is dead, else after an hour; never what a live one is writing."""
     cache = Cache(tmp_path)
-    old, new = tmp_path / ".a.cubin.1.ff.tmp", tmp_path / ".b.cubin.2.ff.tmp"
-    for path in (old, new):
-        path.write_bytes(b"part")
-    os.utime(old, (time.time() - 4000,) * 2)
-    cache.put(KEY, CUBIN, META)  # the first put of a process looks
-    assert not old.exists() and new.exists()  # the other one may still be written to
+    just_made, dead, alive, old = (
+        left_behind(tmp_path, name, age) for name, age in [("a0", 1), ("a1", 60), ("a2", 60), ("a3", 4000)]
+    )
+    with alive.open("r+b") as writer:
+        assert entries.try_lock(writer.fileno(), 0)
+        if not locks:
+            monkeypatch.setattr(entries, "fcntl", None)
+        cache.put(KEY, CUBIN, META)  # the first put of a process looks
+        assert [path.exists() for path in (just_made, dead, alive, old)] == [True, not locks, True, False]
+    assert cache.sweep() == (1 if locks else 0)
+    assert alive.exists() != locks
+
+
+def test_files_of_other_people_are_never_touched(tmp_path):
+    cache = Cache(tmp_path)
+    names = ["model.cubin", ".tmp", "x.tmp", f".{KEY}.cubin.tmp", f"{KEY}.cubin.bak", f"{KEY}.CUBIN", "ab.cubin"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+        os.utime(tmp_path / name, (1, 1))
+    cache.put(KEY, CUBIN, META)
+    assert cache.stats()["entries"] == 1
+    assert (cache.sweep(), cache.prune(0)) == (0, 1)
+    cache.put(KEY, CUBIN, META)
+    assert cache.clear() == 1
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
 # --- which folder ----------------------------------------------------------------------------------------------------
@@ -439,121 +280,3 @@ def test_default_cache(tmp_path, monkeypatch):
     assert default_cache().path == tmp_path / "here"
     assert default_cache() is default_cache()  # one a process: its counters and its warnings
     assert not (tmp_path / "home").exists() and not (tmp_path / "here").exists()
-
-
-# --- several processes -----------------------------------------------------------------------------------------------
-
-
-CHURN = """
-import random, sys, warnings
-sys.path.insert(0, sys.argv[1])
-from rtk.cache import Cache
-warnings.simplefilter("error")
-cache, rng = Cache(sys.argv[2], max_bytes=200_000), random.Random(int(sys.argv[3]))
-for _ in range(250):
-    key = f"{rng.randrange(12):064x}"
-    expected = random.Random(key).randbytes(40_000)
-    if rng.random() < 0.5:
-        assert cache.put(key, expected, {"key": key})
-    else:
-        entry = cache.get(key)
-        assert entry is None or (entry.cubin, entry.meta) == (expected, {"key": key})
-print(cache.stats()["hits"])
-"""
-
-
-def test_processes_that_put_get_and_evict_at_once_only_ever_see_whole_entries(tmp_path):
-    command = [sys.executable, "-c", CHURN, str(REPOSITORY), str(tmp_path / "c")]
-    workers = [
-        subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for seed in range(4)
-    ]
-    hits = 0
-    for worker in workers:
-        out, err = worker.communicate(timeout=120)
-        assert worker.returncode == 0, err
-        hits += int(out)
-    assert hits > 0
-    assert Cache(tmp_path / "c").stats()["entries"] > 0
-    assert not [name for name in os.listdir(tmp_path / "c") if name.endswith(".tmp")]
-
-
-KILLS = """
-import os, random, signal, sys, time, warnings
-sys.path.insert(0, sys.argv[1])
-from rtk.cache import Cache
-warnings.simplefilter("error")
-folder, rng = sys.argv[2], random.Random(7)
-keys = [f"{n:064x}" for n in range(3)]
-cubins = {key: random.Random(key).randbytes(1_500_000) for key in keys}
-seen = 0
-for kill in range(60):
-    child = os.fork()
-    if child == 0:
-        while True:
-            for key in keys:
-                with Cache(folder).compiling(key):
-                    Cache(folder).put(key, cubins[key], {"key": key})
-    time.sleep(rng.uniform(0.001, 0.03))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    for key in keys:
-        entry = Cache(folder).get(key)
-        assert entry is None or entry.cubin == cubins[key]
-        seen += entry is not None
-    started = time.monotonic()
-    with Cache(folder).compiling(keys[0]):  # the dead hold no lock
-        pass
-    assert time.monotonic() - started < 5
-print(seen)
-"""
-
-
-def test_killed_writers_leave_no_bad_entry_and_no_lock(tmp_path):
-    folder = tmp_path / "c"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(REPOSITORY), str(folder)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 0
-    torn = [path for path in folder.iterdir() if path.name.endswith(".tmp")]
-    assert torn, "no kill hit a write: the test would show nothing"
-    for path in torn:
-        os.utime(path, (1, 1))
-    Cache(folder).prune()
-    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
-
-
-HOLD = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from rtk.cache import Cache
-with Cache(sys.argv[2]).compiling(sys.argv[3]):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[4]))
-"""
-
-
-def test_a_held_key_is_waited_for_but_not_for_ever(tmp_path):
-    cache = Cache(tmp_path / "c")
-
-    def seconds_to_get(key: str, wait_s: float) -> float:
-        started = time.monotonic()
-        with cache.compiling(key, wait_s):
-            return time.monotonic() - started
-
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(REPOSITORY), str(cache.path), KEY, "60"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        assert seconds_to_get(OTHER, 30) < 5  # another key is free
-        assert 0.3 <= seconds_to_get(KEY, 0.3) < 5  # bounded
-        cache.put(KEY, CUBIN, META)
-        assert seconds_to_get(KEY, 30) < 5  # what was waited for is there
-        cache.clear()
-        holder.kill()
-        assert seconds_to_get(KEY, 30) < 10  # a dead holder holds nothing
-    finally:
-        holder.kill()
-        holder.communicate()

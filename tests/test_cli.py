@@ -14,7 +14,6 @@ import pytest
 
 import rtk
 from rtk import driver, toolchain
-from rtk.cache import Cache
 from rtk.cli import console, demo, doctor, main, onboard, verify
 from rtk.errors import RtkError, ToolchainError
 
@@ -48,7 +47,7 @@ def test_version(capsys):
 def test_help_names_every_command(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for command in ("demo", "doctor", "cache"):
+    for command in ("demo", "doctor", "warmup", "cache"):
         assert command in out
 
 
@@ -57,7 +56,7 @@ def test_help_names_every_command(capsys):
     [
         ([], "COMMAND"),
         (["bake"], "bake"),
-        (["cache"], "action"),
+        (["cache", "bake"], "bake"),
         (["demo", "--head-dim", "12"], "12 is not a multiple of 8"),
         (["demo", "--head-dim", "264"], "264 is not a multiple of 8 up to 256"),
         (["demo", "--seqlen", "0"], "0 is not at least 1"),
@@ -74,7 +73,7 @@ def test_an_error_is_one_line_and_no_traceback(capsys, monkeypatch):
     def fail():
         raise ToolchainError("NVRTC is away")
 
-    monkeypatch.setattr("rtk.cli.cache.default_cache", fail)
+    monkeypatch.setattr("rtk.cli.cache.Cache", fail)
     assert call(capsys, "cache", "path") == (1, "", "rtk: NVRTC is away\n")
 
 
@@ -82,7 +81,7 @@ def test_rtk_debug_shows_the_traceback(monkeypatch):
     def fail():
         raise RtkError("as it was raised")
 
-    monkeypatch.setattr("rtk.cli.cache.default_cache", fail)
+    monkeypatch.setattr("rtk.cli.cache.Cache", fail)
     monkeypatch.setenv("RTK_DEBUG", "1")
     with pytest.raises(RtkError, match="as it was raised"):
         main(["cache", "path"])
@@ -96,22 +95,6 @@ def test_as_a_module_and_into_a_closed_pipe():
         [sys.executable, "-m", "rtk.cli", "cache", "path"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout.strip()) == (0, os.environ["RTK_CACHE_DIR"])
-
-
-# --- cache -----------------------------------------------------------------------------------------------------------
-
-
-def test_cache_path_stats_clear(capsys, tmp_path):
-    Cache(tmp_path / "cache").put("ab" * 32, b"cubin", {})
-    assert call(capsys, "cache", "path")[:2] == (0, f"{tmp_path / 'cache'}\n")
-    code, out, _ = call(capsys, "cache", "stats", "--json")
-    assert code == 0
-    stats = json.loads(out)
-    assert (stats["path"], stats["entries"]) == (str(tmp_path / "cache"), 1)
-    assert stats["bytes"] > 0
-    assert "1 kernels" in call(capsys, "cache", "stats")[1]
-    assert json.loads(call(capsys, "cache", "clear", "--json")[1])["removed"] == 1
-    assert json.loads(call(capsys, "cache", "stats", "--json")[1])["entries"] == 0
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -1,98 +1,201 @@
-"""Kernels compile for sm_90a with nothing wasted: no stack frame, no spill, no performance warning. Needs no GPU."""
+"""Kernels compile for sm_90a with nothing wasted: no stack frame, no spill, no performance warning. Needs no GPU.
+
+A stratified sample of the config space (config_space.py) under NVRTC 12, a smaller one under NVRTC 13, as far as they
+are installed. `make compile-all` goes through the whole space.
+"""
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import config_space
 import pytest
 
-from rtk import jit
+from rtk import jit, toolchain
 from rtk.cache import Cache
-from rtk.errors import CompileError, ToolchainError
+from rtk.errors import CompileError
 from rtk.kernels import sample_configs
+from rtk.kernels.attention_fwd import SPEC
+from rtk.spec import CUDA_SOURCE
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = {spec.label(config): (spec, config) for spec, config in sample_configs()}
-ALL_WITHIN_S = 240.0  # on two cores
+ALL_WITHIN_S = 240.0  # on two cores, both compilers together
 ONE_WITHIN_S = 1.5
+MOST_CONFIGS = 300  # of a head_dim, dtype and mask: what a tuner can go through
+
+# {label: (spec, config)} of what each NVRTC compiles, by its major version.
+SAMPLES = {
+    12: {spec.label(config): (spec, config) for spec, config in sample_configs()}
+    | {SPEC.label(config): (SPEC, config) for config in config_space.sample()},
+    13: {SPEC.label(config): (SPEC, config) for config in config_space.sample(each=1, every=4)},
+}
+CASES = [pytest.param(major, label, id=f"nvrtc{major}-{label}") for major, table in SAMPLES.items() for label in table]
 
 # One worker of pytest-xdist compiles them all, in threads of its own.
 pytestmark = pytest.mark.xdist_group("compile")
 
 
+@dataclass(frozen=True)
+class Compiled:
+    outcomes: dict[str, jit.Binary | CompileError]  # by label
+    seconds: float
+
+
+def nvrtc_of(major: int) -> str:
+    """The newest NVRTC of a major version that is installed."""
+    found = [nvrtc.path for nvrtc in toolchain.find_nvrtc() if nvrtc.major == major]
+    if not found:
+        pytest.skip(f"NVRTC {major} is not installed")
+    return found[0]
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Every sample, compiled once: {label: Binary or the exception}, and how long that took."""
-    cache = Cache(tmp_path_factory.mktemp("cubins"))
-    sources = {label: spec.render(config) for label, (spec, config) in SAMPLES.items()}
-    start = time.perf_counter()
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Compiled]:
+    """Every sample of an NVRTC, compiled once, and how long that took."""
+    made: dict[int, Compiled] = {}
+
+    def compile_all(major: int) -> Compiled:
+        if major not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RTK_NVRTC", nvrtc_of(major))
+                cache = Cache(tmp_path_factory.mktemp("cubins"))
+                sources = {label: spec.render(config) for label, (spec, config) in SAMPLES[major].items()}
+                start = time.perf_counter()
+                made[major] = Compiled(outcomes_of(sources, cache), time.perf_counter() - start)
+        return made[major]
+
+    return compile_all
+
+
+def outcomes_of(sources: dict[str, jit.Source], cache: Cache) -> dict[str, jit.Binary | CompileError]:
     try:
-        outcomes = dict(zip(sources, jit.build_many(list(sources.values()), cache=cache), strict=True))
-    except ToolchainError as error:
-        pytest.skip(str(error))
+        return dict(zip(sources, jit.build_many(list(sources.values()), cache=cache), strict=True))
     except CompileError:  # one refused: go through them one by one, so that each test speaks for its own
-        outcomes = {label: outcome_of(source, cache) for label, source in sources.items()}
-    return SimpleNamespace(outcomes=outcomes, seconds=time.perf_counter() - start)
+        return {label: outcome_of(source, cache) for label, source in sources.items()}
 
 
-def outcome_of(source, cache):
+def outcome_of(source: jit.Source, cache: Cache) -> jit.Binary | CompileError:
     try:
         return jit.build(source, cache=cache)
     except CompileError as error:
         return error
 
 
-@pytest.mark.parametrize("label", SAMPLES)
-def test_config_compiles_clean(label, compiled, record_property):
-    binary = compiled.outcomes[label]
+@pytest.mark.parametrize(("major", "label"), CASES)
+def test_config_compiles_clean(
+    major: int, label: str, compiled: Callable[[int], Compiled], record_property: Any
+) -> None:
+    binary = compiled(major).outcomes[label]
     if isinstance(binary, CompileError):
         raise binary
     record_property("report", binary.report.to_json())
+    assert binary.report.nvrtc.startswith(f"{major}.")
     assert binary.name == label, "a profiler's list names the config by its kernel"
     assert binary.report.clean, "\n".join(binary.report.problems())
     assert binary.report.registers > 0
     assert label.encode() in binary.cubin
-
-
-@pytest.mark.parametrize("label", SAMPLES)
-def test_config_fits_shared_memory(label, compiled):
-    spec, config = SAMPLES[label]
-    binary = compiled.outcomes[label]
-    if isinstance(binary, CompileError):
-        pytest.skip("does not compile")
+    spec, config = SAMPLES[major][label]
     assert spec.shared_bytes(config) + binary.report.smem_static_bytes <= 227 * 1024
 
 
-def test_all_samples_compile_within_four_minutes(compiled):
-    assert compiled.seconds <= ALL_WITHIN_S, f"{len(SAMPLES)} configurations took {compiled.seconds:.0f} s"
+def test_all_samples_compile_within_four_minutes(compiled: Callable[[int], Compiled]) -> None:
+    majors = sorted({nvrtc.major for nvrtc in toolchain.find_nvrtc()} & set(SAMPLES))
+    if not majors:
+        pytest.skip("no NVRTC is installed")
+    seconds = {major: compiled(major).seconds for major in majors}
+    assert sum(seconds.values()) <= ALL_WITHIN_S, f"{ {m: len(SAMPLES[m]) for m in majors} } configs took {seconds} s"
 
 
-def test_labels_tell_configs_apart():
-    distinct = {(spec.name, config) for spec, config in sample_configs()}
-    assert len(SAMPLES) == len(distinct)
+# --- the sample ------------------------------------------------------------------------------------------------------
 
 
-def test_samples_cover_what_a_call_may_ask_for():
-    """Both dtypes, small and large and unequal head_dims, every mask: what is not compiled here is found by users."""
-    configs = [config for spec, config in SAMPLES.values() if spec.name == "attention_fwd"]
-    assert {config.BF16 for config in configs} == {True, False}
-    assert {config.HEAD_DIM for config in configs} >= {8, 64, 128, 192, 256}
-    assert any(config.HEAD_DIM % 16 for config in configs)
+def test_labels_tell_configs_apart() -> None:
+    distinct = {(spec.name, config) for spec, config in SAMPLES[12].values()}
+    assert len(SAMPLES[12]) == len(distinct)
+    space = list(config_space.whole(dims=((128, 128), (64, 256), (8, 8))))
+    assert len({SPEC.label(config) for config in space}) == len(set(space)) == len(space)
+
+
+@pytest.mark.parametrize("major", SAMPLES)
+def test_samples_cover_the_space(major: int) -> None:
+    """What is not compiled here is found by users."""
+    configs = [config for spec, config in SAMPLES[major].values() if spec is SPEC]
+    for mask in ((False, False), (False, True), (True, False), (True, True)):
+        for consumers in config_space.CONSUMERS:
+            assert any(
+                (c.MASK_LEFT, c.MASK_RIGHT) == mask and c.NUM_CONSUMER_WARPGROUPS == consumers for c in configs
+            ), f"no config with mask {mask} and {consumers} consumers"
+    for name in ("BF16", "PINGPONG", "SCHEDULER", "SOFTCAP", "PRESCALE", "STAGES"):
+        assert len({getattr(config, name) for config in configs}) == 2, name
     assert any(config.HEAD_DIM != config.HEAD_DIM_V for config in configs)
-    assert {(config.MASK_LEFT, config.MASK_RIGHT) for config in configs} >= {
-        (False, False),
-        (False, True),
-        (True, True),
-    }
-    assert any(config.SOFTCAP for config in configs)
+    assert any(config.HEAD_DIM % 16 for config in configs)
+    if major == 12:
+        assert {config.HEAD_DIM for config in configs} >= set(config_space.HEAD_DIMS)
 
 
-def test_cold_compile_of_one_config_takes_at_most_1500_ms(tmp_path, record_property):
+def test_the_space_is_small_enough_to_be_searched() -> None:
+    """At most 300 configs of a head_dim, dtype and mask; each is legal, and the pick is among them."""
+    dims = [config_space.equal(head_dim) for head_dim in config_space.HEAD_DIMS] + [*config_space.UNEQUAL]
+    for pair in dims:
+        for mask in config_space.MASKS:
+            for score, dtype in (("plain", "bfloat16"), ("softcap", "float16")):
+                problem = config_space.problem(pair, mask, score, dtype)
+                configs = SPEC.configs(problem)
+                assert 1 <= len(set(configs)) == len(configs) <= MOST_CONFIGS, (pair, mask, score)
+                assert SPEC.pick(problem) in configs, (pair, mask, score)
+
+
+def test_every_config_of_the_space_is_legal() -> None:
+    for config in config_space.whole(dims=((8, 8), (72, 136), (256, 256))):
+        assert SPEC._illegal(config) is None, config
+
+
+# --- the check itself: kernels made from the real sources that it must not let through -------------------------------
+
+WIDE = replace(
+    SPEC.pick(config_space.problem((64, 256))), BLOCK_M=128, BLOCK_N=160, STAGES=1, NUM_CONSUMER_WARPGROUPS=2
+)
+USUAL = SPEC.pick(config_space.problem((128, 128), "both"))
+PLANTED: dict[str, tuple[Any, str, str, str, str]] = {  # config, file, old text, new text, what is said
+    "a tile too wide": (WIDE, "rtk/softmax.cuh", "", "", "spills"),
+    "no wait for the last product": (USUAL, "attention_fwd.cuh", "wgmma_wait<0>();", "", "C75"),
+    "a loop that is not unrolled": (
+        USUAL,
+        "rtk/softmax.cuh",
+        "#pragma unroll\n        for (int i = 0; i < COUNT; ++i) {",
+        "#pragma unroll 1\n        for (int i = 0; i < COUNT; ++i) {",
+        "bytes of stack",
+    ),
+}
+
+
+@pytest.mark.parametrize("major", SAMPLES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_check_catches(name: str, major: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RTK_NVRTC", nvrtc_of(major))
+    config, file, old, new, said = PLANTED[name]
+    shutil.copytree(CUDA_SOURCE, tmp_path / "cuda_src", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "cuda_src" / file
+    text = path.read_text()
+    assert old in text, f"{file} changed, the patch no longer fits"
+    path.write_text(text.replace(old, new) if old else text)
+    source = replace(SPEC.render(config), include_dirs=(str(tmp_path / "cuda_src"),))
+    problems = jit.build(source, cache=Cache(tmp_path / "cache")).report.problems()
+    assert any(said in problem for problem in problems), problems
+
+
+# --- how long one takes ----------------------------------------------------------------------------------------------
+
+
+def test_cold_compile_of_one_config_takes_at_most_1500_ms(tmp_path: Path, record_property: Any) -> None:
     """From nothing: a fresh process, an empty cache, NVRTC not loaded. The median of three."""
     code = """
 import sys, time

@@ -387,6 +387,58 @@ def test_a_short_tile_may_round_either_way_but_no_further() -> None:
     yardstick.check((ref + 2**-6).astype(ml_dtypes.bfloat16), ref, plain, "bfloat16")
     with pytest.raises(AssertionError, match="wrong"):
         yardstick.check((ref + 2**-5).astype(ml_dtypes.bfloat16), ref, plain, "bfloat16")
-    whole = np.full((1, 1, 64, 8), 2.0)
+
+
+def test_a_tile_whose_rows_are_all_alike_may_round_either_way_but_no_further() -> None:
+    ref = np.full((1, 1, 64, 8), 2.0)
+    plain = ref.astype(ml_dtypes.bfloat16)
+    yardstick.check((ref + 2**-6).astype(ml_dtypes.bfloat16), ref, plain, "bfloat16")
     with pytest.raises(AssertionError, match="wrong"):
-        yardstick.check((whole + 2**-6).astype(ml_dtypes.bfloat16), whole, whole.astype(ml_dtypes.bfloat16), "bfloat16")
+        yardstick.check((ref + 2**-5).astype(ml_dtypes.bfloat16), ref, plain, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES16)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_tensors_are_judged_where_they_are_by_the_same_rule(dtype: str, layout: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    def verdict(rule: Any, *arrays: Any) -> str:
+        try:
+            rule(*arrays)
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+    def tensor(x: np.ndarray) -> Any:
+        return torch.from_numpy(x.astype(np.float64)).to(getattr(torch, dtype))
+
+    verdicts = set()
+    for seed, kind in enumerate(yardstick.KINDS * 3):
+        rng = np.random.default_rng(seed)
+        arrays = make_inputs(kind, **(SHAPE | {"seqlen_q": (1, 40, 64, 130)[seed % 4]}), dtype=dtype, rng=rng)
+        o, lse = fused(*arrays, causal=True)
+        o64, lse64 = attention_f64(*arrays, causal=True)
+        p = plain(*arrays, causal=True)
+        o[:, 1, :, 2] += rng.choice([0, 2**-9, 2**-7, 0.1], o[:, 1, :, 2].shape).astype(o.dtype)
+        if seed % 5 == 4:
+            o[1, 0, 0, 0] = np.nan
+        if layout == "bshd":
+            o, o64, p = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (o, o64, p))
+        on_numpy = verdict(lambda *x: check(*x, dtype, layout=layout), o, o64, p)
+        on_torch = verdict(lambda *x: check(*x, dtype, layout=layout), tensor(o), torch.from_numpy(o64), tensor(p))
+        assert on_torch == on_numpy
+        verdicts.add(on_numpy.partition(":")[0])
+        np.testing.assert_array_equal(
+            yardstick.to_f64(yardstick.allowance(torch.from_numpy(o64), tensor(p), dtype, layout=layout)),
+            yardstick.allowance(o64, p, dtype, layout=layout),
+        )
+        lse[0, 0, 0] += rng.choice([0.0, 1e-4, 1e-3])
+        assert verdict(check_lse, torch.from_numpy(lse), torch.from_numpy(lse64)) == verdict(check_lse, lse, lse64)
+    assert len(verdicts) > 2, "too few defects to tell"
+
+
+def test_a_short_tile_of_zeros_allows_no_more_than_rounding() -> None:
+    zeros = np.zeros((1, 1, 3, 8), np.float16)
+    check(zeros, zeros.astype(np.float64), zeros, "float16")
+    with pytest.raises(AssertionError, match="wrong"):
+        check(zeros + np.float16(1e-3), zeros.astype(np.float64), zeros, "float16")

@@ -42,7 +42,8 @@ RTK_DEVICE void store_row(const float (&o)[COUNT], int which, float factor, unsi
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             const int i = 4 * (first + c) + 2 * which;
-            values[c] = first + c < CHUNKS ? Element::pack(o[i] * factor, o[i + 1] * factor) : 0u;
+            // A row that saw no key is 0 whatever was multiplied into it: its tile may hold a NaN.
+            values[c] = first + c < CHUNKS && factor != 0.0f ? Element::pack(o[i] * factor, o[i + 1] * factor) : 0u;
         }
         quad_transpose(values);
         const int column = 8 * (first + static_cast<int>(threadIdx.x % 4));

@@ -1,4 +1,4 @@
-"""The command line: ``rtk demo``, ``rtk doctor`` and ``rtk cache``; also ``python -m rtk.cli``.
+"""The command line: ``rtk demo``, ``rtk doctor``, ``rtk warmup`` and ``rtk cache``; also ``python -m rtk.cli``.
 
 Exit codes: 0 the command did all it says, 1 it did not (the reason is printed), 2 the command line was wrong.
 """
@@ -9,9 +9,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import rtk
-from rtk.errors import RtkError
+from rtk.errors import ArgumentError, RtkError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,10 +64,36 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
     doctor.set_defaults(run=_doctor)
 
-    cache = commands.add_parser("cache", help="where the compiled kernels are kept, how many, and removing them")
-    cache.add_argument("action", choices=["path", "stats", "clear"])
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile ahead the kernels that a list of problems will need",
+        description="Compiles the kernels of these problems into the cache folder, in parallel; needs no GPU. A SHAPE "
+        "has keys such as b=4,hq=32,hk=8,sq=4096,sk=4096,d=128,dv=128,dtype=bf16,causal,window=1024:0,softcap=30, of "
+        "which hq, sq and d must be there. A FILE, .toml or .json, has a list `problems` of shapes, as such lines or "
+        "as tables of such keys.",
+    )
+    warmup.add_argument("files", nargs="*", metavar="FILE", help="problems in TOML or JSON")
+    warmup.add_argument("--shape", action="append", default=[], type=_shape, metavar="SHAPE", help="one problem")
+    warmup.add_argument("--out", metavar="FOLDER", help="fill this folder, for all users to read, as for a container")
+    warmup.add_argument("--jobs", type=_positive, metavar="N", help="compiles at a time (one per usable CPU)")
+    warmup.add_argument("--batch-invariant", action="store_true", help="for calls with batch_invariant=True")
+    warmup.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
+    warmup.set_defaults(run=_warmup, parser=warmup)
+
+    cache = commands.add_parser(
+        "cache",
+        help="the folder of compiled kernels: show, path, prune, verify, clear",
+        description="show: how many kernels, how large, and the last used. path: where. prune: delete the least "
+        "recently used until the rest is within a size. verify: read every entry; exit code 1 while any is bad. clear: "
+        "delete them all.",
+    )
+    actions = ["show", "path", "prune", "verify", "clear"]
+    cache.add_argument("action", nargs="?", default="show", choices=actions, help="what to do (show)")
+    cache.add_argument("--limit", type=_count, default=10, metavar="N", help="show: kernels to list (10)")
+    cache.add_argument("--max-bytes", type=_size, metavar="SIZE", help="prune: 500M, 2GiB (the cache's own bound)")
+    cache.add_argument("--fix", action="store_true", help="verify: delete what is bad")
     cache.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
-    cache.set_defaults(run=_cache)
+    cache.set_defaults(run=_cache, parser=cache)
     return parser
 
 
@@ -77,11 +104,36 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return value
+
+
 def _head_dim(text: str) -> int:
     value = _positive(text)
     if value % 8 or value > 256:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8 up to 256")
     return value
+
+
+def _size(text: str) -> int:
+    from rtk.cli import cache
+
+    try:
+        return cache.size(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 2GiB") from None
+
+
+def _shape(text: str) -> Any:
+    from rtk import shapes
+
+    try:
+        return shapes.parse(text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("rtk: ")) from None
 
 
 # Each command is imported only when it runs: `rtk --help` answers at once.
@@ -97,6 +149,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from rtk.cli import doctor
 
     return doctor.run(arguments)
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    from rtk.cli import warmup
+
+    return warmup.run(arguments)
 
 
 def _cache(arguments: argparse.Namespace) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rtk.driver import DeviceProperties
+from rtk.arrays import View
 from rtk.problem import AttentionProblem
-from rtk.spec import SHARED_BYTES_PER_BLOCK, KernelSpec
+from rtk.spec import SHARED_BYTES_PER_BLOCK, Binding, KernelSpec, TensorMap, TensorOperand
 
 _ELEMENT_BYTES = 2
 _SWIZZLE_PERIOD_BYTES = 1024  # regions of shared memory start at multiples of the widest swizzle pattern
@@ -24,6 +25,10 @@ _USUAL_SM_COUNT = 132  # of H100 and H200: more tiles than this take more than o
 _LOG2_E = 1.4426950408889634
 
 STATIC, DYNAMIC = 0, 1  # enum Scheduler
+_CONSUMER_ROWS = 64  # of a consumer warpgroup
+_BLOCK_NS = range(32, 193, 16)
+_STAGES = (2, 3)
+_LEAST_SCALE = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -48,32 +53,43 @@ class AttentionFwdConfig:
     PRESCALE: bool  # softmax_scale <= 0: scores are scaled before their maximum is taken
 
 
+class _TileSchedule(ctypes.Structure):
+    _fields_ = (
+        ("num_m_blocks", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_heads_total", ctypes.c_int32),
+        ("heads_per_group", ctypes.c_int32),
+    )
+
+
+class _SequenceExtent(ctypes.Structure):
+    _fields_ = (
+        ("seqlen_q", ctypes.c_int32),
+        ("seqlen_k", ctypes.c_int32),
+        ("diagonal_left", ctypes.c_int32),
+        ("diagonal_right", ctypes.c_int32),
+    )
+
+
 class AttentionFwdParams(ctypes.Structure):
     """`rtk::AttentionFwdParams`, field by field."""
 
     _fields_ = (
-        ("q_map", ctypes.c_byte * 128),
-        ("k_map", ctypes.c_byte * 128),
-        ("v_map", ctypes.c_byte * 128),
+        ("q", TensorMap),
+        ("k", TensorMap),
+        ("v", TensorMap),
         ("o", ctypes.c_uint64),
         ("lse", ctypes.c_uint64),
         ("tile_counter", ctypes.c_uint64),
         ("o_batch_bytes", ctypes.c_int64),
         ("o_head_bytes", ctypes.c_int64),
         ("o_row_bytes", ctypes.c_int64),
-        ("num_m_blocks", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("num_heads_total", ctypes.c_int32),
-        ("heads_per_group", ctypes.c_int32),
-        ("seqlen_q", ctypes.c_int32),
-        ("seqlen_k", ctypes.c_int32),
-        ("diagonal_left", ctypes.c_int32),
-        ("diagonal_right", ctypes.c_int32),
+        ("schedule", _TileSchedule),
+        ("extent", _SequenceExtent),
         ("heads_per_kv", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("_alignment", ctypes.c_byte * 32),  # tensor maps are aligned to 64 bytes, so the size is a multiple of it
     )
 
 
@@ -97,26 +113,36 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
     name = "attention_fwd"
     header = "attention_fwd.cuh"
     parameters = AttentionFwdParams
-    parameters_cxx = "rtk::AttentionFwdParams"
 
     # ------------------------------------------------------------------------------------------------- the config space
 
     def config(self, problem: AttentionProblem, **choices: Any) -> AttentionFwdConfig:
-        """The problem's config with these choices; what is not named follows from the rest."""
-        consumers = int(choices.get("NUM_CONSUMER_WARPGROUPS", int(choices.get("BLOCK_M", 128)) // 64))
-        tiles = -(-problem.seqlen_q // max(64, 64 * consumers)) * problem.num_heads_q * problem.batch
-        fields: dict[str, Any] = {
-            "BLOCK_M": 64 * consumers,
-            "BLOCK_N": 128,
-            "STAGES": 2,
-            "NUM_CONSUMER_WARPGROUPS": consumers,
-            "PINGPONG": consumers > 1,
-            "SCHEDULER": DYNAMIC if tiles > _USUAL_SM_COUNT else STATIC,
-            "SLAB_QK": _slab(problem.head_dim),
-            "SLAB_V": _slab(problem.head_dim_v),
-            **self._specialization(problem),
-        }
-        return AttentionFwdConfig(**{**fields, **choices})
+        """The picked config with these choices in it. Where BLOCK_M or the number of consumers is chosen the other
+        follows, and BLOCK_N, unless chosen, is as wide as then fits."""
+        if "NUM_CONSUMER_WARPGROUPS" not in choices and "BLOCK_M" in choices:
+            choices["NUM_CONSUMER_WARPGROUPS"] = int(choices["BLOCK_M"]) // _CONSUMER_ROWS
+        if "NUM_CONSUMER_WARPGROUPS" in choices:
+            consumers = int(choices["NUM_CONSUMER_WARPGROUPS"])
+            choices = {"BLOCK_M": _CONSUMER_ROWS * consumers, "PINGPONG": consumers > 1, **choices}
+        config = replace(self.pick(problem), **choices)
+        while "BLOCK_N" not in choices and self._illegal(config) and config.BLOCK_N > _BLOCK_NS[0]:
+            config = replace(config, BLOCK_N=config.BLOCK_N - 16)
+        return config
+
+    def _make(
+        self, problem: AttentionProblem, consumers: int, block_n: int, stages: int, pingpong: bool, scheduler: int
+    ) -> AttentionFwdConfig:
+        return AttentionFwdConfig(
+            BLOCK_M=_CONSUMER_ROWS * consumers,
+            BLOCK_N=block_n,
+            STAGES=stages,
+            NUM_CONSUMER_WARPGROUPS=consumers,
+            PINGPONG=pingpong,
+            SCHEDULER=scheduler,
+            SLAB_QK=_slab(problem.head_dim),
+            SLAB_V=_slab(problem.head_dim_v),
+            **self._specialization(problem),  # type: ignore[arg-type]
+        )
 
     @staticmethod
     def _specialization(problem: AttentionProblem) -> dict[str, int | bool]:
@@ -127,7 +153,8 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             "MASK_LEFT": problem.window_left is not None,
             "MASK_RIGHT": problem.window_right is not None,
             "SOFTCAP": problem.softcap > 0,
-            "PRESCALE": problem.softcap == 0 and problem.softmax_scale <= 0,
+            # A scale that float32 cannot tell from zero would make NaN of a masked score.
+            "PRESCALE": problem.softcap == 0 and problem.softmax_scale < _LEAST_SCALE,
         }
 
     def refusal(self, problem: AttentionProblem, config: AttentionFwdConfig) -> str | None:
@@ -141,14 +168,14 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         consumers = config.NUM_CONSUMER_WARPGROUPS
         if consumers not in _CONSUMER_REGISTERS:
             return f"NUM_CONSUMER_WARPGROUPS is {consumers}, not 1, 2 or 3"
-        if config.BLOCK_M != 64 * consumers:
-            return f"BLOCK_M is {config.BLOCK_M}, not 64 rows for each of {consumers} consumer warpgroups"
-        if config.BLOCK_N % 16 or not 16 <= config.BLOCK_N <= 256:
-            return f"BLOCK_N is {config.BLOCK_N}, not a multiple of 16 up to 256"
+        if config.BLOCK_M != _CONSUMER_ROWS * consumers:
+            return f"BLOCK_M is {config.BLOCK_M}, not {_CONSUMER_ROWS} rows for each of {consumers} consumer warpgroups"
+        if config.BLOCK_N not in _BLOCK_NS:
+            return f"BLOCK_N is {config.BLOCK_N}, not a multiple of 16 from {_BLOCK_NS[0]} to {_BLOCK_NS[-1]}"
         if config.SCHEDULER not in (STATIC, DYNAMIC):
             return f"SCHEDULER is {config.SCHEDULER}, not {STATIC} (static) or {DYNAMIC} (dynamic)"
-        if config.STAGES not in (1, 2, 3, 4):
-            return f"STAGES is {config.STAGES}, not 1 to 4"
+        if config.STAGES not in _STAGES:
+            return f"STAGES is {config.STAGES}, not one of {_STAGES}"
         if config.PINGPONG and consumers == 1:
             return "PINGPONG needs two consumer warpgroups"
         for slab, head_dim in ((config.SLAB_QK, config.HEAD_DIM), (config.SLAB_V, config.HEAD_DIM_V)):
@@ -167,11 +194,8 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         return None
 
     def configs(self, problem: AttentionProblem) -> list[AttentionFwdConfig]:
-        space = itertools.product((1, 2, 3), range(32, 193, 16), (2, 3), (False, True), (STATIC, DYNAMIC))
-        found = (
-            self.config(problem, NUM_CONSUMER_WARPGROUPS=c, BLOCK_N=n, STAGES=s, PINGPONG=p, SCHEDULER=k)
-            for c, n, s, p, k in space
-        )
+        space = itertools.product(_CONSUMER_REGISTERS, _BLOCK_NS, _STAGES, (False, True), (STATIC, DYNAMIC))
+        found = (self._make(problem, *choices) for choices in space)
         return [config for config in found if self.refusal(problem, config) is None]
 
     def pick(self, problem: AttentionProblem) -> AttentionFwdConfig:
@@ -184,16 +208,18 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         else:
             consumers, block_n = 2, 112 if widest <= 192 else 80
         # Query blocks that would be mostly empty rows.
-        consumers = min(consumers, max(1, -(-problem.seqlen_q // 64)))
-        while True:
-            pingpong = consumers > 1 and widest <= 128  # from 192 on, the products alone fill the time
-            config = self.config(problem, NUM_CONSUMER_WARPGROUPS=consumers, BLOCK_N=block_n, PINGPONG=pingpong)
-            if self.refusal(problem, config) is None:
-                return config
-            block_n -= 16
+        consumers = min(consumers, max(1, -(-problem.seqlen_q // _CONSUMER_ROWS)))
+        pingpong = consumers > 1 and widest <= 128  # from 192 on, the products alone fill the time
+        tiles = -(-problem.seqlen_q // (_CONSUMER_ROWS * consumers)) * problem.num_heads_q * problem.batch
+        scheduler = DYNAMIC if tiles > _USUAL_SM_COUNT else STATIC
+        candidates = (self._make(problem, consumers, n, 2, pingpong, scheduler) for n in range(block_n, 0, -16))
+        return next(config for config in candidates if self._illegal(config) is None)
+
+    def sample_problems(self) -> list[AttentionProblem]:
+        return _sample_problems()
 
     def samples(self) -> list[AttentionFwdConfig]:
-        return [self.pick(problem) for problem in _sample_problems()]
+        return [self.pick(problem) for problem in self.sample_problems()]
 
     def label(self, config: AttentionFwdConfig) -> str:
         flags = {
@@ -221,37 +247,48 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         v = _tile_bytes(config.BLOCK_N, config.HEAD_DIM_V, config.SLAB_V)
         return q + config.STAGES * (k + v) + _BARRIER_BYTES * (1 + 2 * config.STAGES) + _TILE_RING_BYTES
 
-    def grid(
-        self, problem: AttentionProblem, config: AttentionFwdConfig, device: DeviceProperties, sm_margin: int = 0
-    ) -> int:
+    def grid(self, problem: AttentionProblem, config: AttentionFwdConfig, sm_count: int) -> int:
         tiles = -(-problem.seqlen_q // config.BLOCK_M) * problem.num_heads_q * problem.batch
-        return min(tiles, max(1, device.sm_count - sm_margin))
+        return min(tiles, max(1, sm_count))
 
-    def workspace_bytes(self, config: AttentionFwdConfig) -> int:
-        """Device memory that must be zero when the kernel starts: the counter of the dynamic scheduler."""
-        return 4 if config.SCHEDULER == DYNAMIC else 0
-
-    def boxes(self, config: AttentionFwdConfig) -> tuple[tuple[int, int], ...]:
-        """(columns, rows) that one TMA request brings, for q, k and v."""
-        return (
-            (config.SLAB_QK, config.BLOCK_M),
-            (config.SLAB_QK, config.BLOCK_N),
-            (config.SLAB_V, config.BLOCK_N),
+    def bind(self, problem: AttentionProblem, config: AttentionFwdConfig, views: Mapping[str, View]) -> Binding:
+        """`views` of q, k, v and o, whatever the layout of the call: (batch, heads, seqlen, head_dim)."""
+        params = self.scalars(problem, config)
+        batch_stride, head_stride, row_stride, _ = views["o"].strides
+        params.o_batch_bytes = _ELEMENT_BYTES * batch_stride
+        params.o_head_bytes = _ELEMENT_BYTES * head_stride
+        params.o_row_bytes = _ELEMENT_BYTES * row_stride
+        # What one TMA request brings of each: (columns, rows).
+        boxes = {
+            "q": (config.SLAB_QK, config.BLOCK_M),
+            "k": (config.SLAB_QK, config.BLOCK_N),
+            "v": (config.SLAB_V, config.BLOCK_N),
+        }
+        return Binding(
+            params,
+            pointers=("o", "lse"),
+            tensors=tuple(
+                TensorOperand(name, problem.dtype, views[name].shape[::-1], views[name].strides[::-1], (*box, 1, 1))
+                for name, box in boxes.items()
+            ),
+            # The counter of the dynamic scheduler.
+            workspace="tile_counter",
+            workspace_bytes=4 if config.SCHEDULER == DYNAMIC else 0,
         )
 
     def scalars(self, problem: AttentionProblem, config: AttentionFwdConfig) -> AttentionFwdParams:
-        """The parameter block of a problem, without tensor maps, pointers and strides."""
+        """The parameters that do not depend on where the arrays are."""
         params = AttentionFwdParams()
-        params.num_m_blocks = -(-problem.seqlen_q // config.BLOCK_M)
-        params.num_heads = problem.num_heads_q
-        params.num_heads_total = problem.num_heads_q * problem.batch
-        params.heads_per_group = self._heads_per_group(problem)
-        params.seqlen_q = problem.seqlen_q
-        params.seqlen_k = problem.seqlen_k
+        params.schedule.num_m_blocks = -(-problem.seqlen_q // config.BLOCK_M)
+        params.schedule.num_heads = problem.num_heads_q
+        params.schedule.num_heads_total = problem.num_heads_q * problem.batch
+        params.schedule.heads_per_group = self._heads_per_group(problem)
+        params.extent.seqlen_q = problem.seqlen_q
+        params.extent.seqlen_k = problem.seqlen_k
         # Clipped to where every query sees everything or nothing, so that row + diagonal fits 32 bits.
         lowest, highest = -problem.seqlen_q, problem.seqlen_k
-        params.diagonal_left = min(max(problem.diagonal - (problem.window_left or 0), lowest), highest)
-        params.diagonal_right = min(max(problem.diagonal + (problem.window_right or 0), lowest), highest)
+        params.extent.diagonal_left = min(max(problem.diagonal - (problem.window_left or 0), lowest), highest)
+        params.extent.diagonal_right = min(max(problem.diagonal + (problem.window_right or 0), lowest), highest)
         params.heads_per_kv = problem.heads_per_kv
         params.scale = problem.softmax_scale
         scores_are_scaled = config.SOFTCAP or config.PRESCALE
