@@ -48,7 +48,7 @@ def largest() -> Iterator[Any]:
     turn = 0
     for head_dim in HEAD_DIMS:
         # The accumulators of a head_dim that is no multiple of 16 are those of the next one that is.
-        for consumers in CONSUMERS if head_dim % 16 == 0 else [CONSUMERS[head_dim // 16 % 3]]:
+        for consumers in CONSUMERS if head_dim % 16 == 0 else [1 + head_dim // 16 % 2]:
             turn += 1
             score = ("plain", "softcap", "plain", "prescale")[turn % 4]
             found = SPEC.configs(problem(equal(head_dim), "both", score, DTYPES[turn // 4 % 2]))

@@ -22,6 +22,7 @@ AGAIN = "on a Hopper GPU run `make gpu-test` and commit tests/gpu_record.json"
 # Why a test may be skipped in a recorded run. Whatever is not here is a test that was forgotten.
 ALLOWED_SKIPS = {
     r"one GPU only": "the recorded runs are made on machines with one GPU",
+    r"needs torch and two GPUs": "the same, of a test that also needs torch, which the recorded runs have",
 }
 # Tests that may have failed once before they passed, and why: {} is the only good answer.
 ALLOWED_RETRIES: dict[str, str] = {}
