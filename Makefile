@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 FUZZ_FILES := tests/test_fuzz_gpu.py tests/test_stateful_gpu.py
 MINUTES ?= 9
+GPU_WORKERS ?= 8
+FUZZ_SEED ?= 0
 CUH = $(shell find cuda_src -name '*.cuh')
 
 .DEFAULT_GOAL := help
@@ -68,12 +70,15 @@ compile-all: $(VENV)/.dev ## compile every config (hours; ARGS="--head-dim 128" 
 	$(BIN)/python tests/compile_all.py $(ARGS)
 
 # The current interpreter on purpose: a GPU machine brings its own torch, CuPy and driver. Installs nothing.
+# Several processes at a time share the GPU: most of a test is compiling and checking. GPU_WORKERS=0 for one.
 # In pieces: a run ends before MINUTES are over, with an error, and the next one goes on.
 gpu-test: ## the GPU tests with the current python3, recorded in tests/gpu_record.json; again until it is whole
-	python3 -m pytest -m gpu tests --gpu-record tests/gpu_record.json --gpu-minutes $(MINUTES)
+	python3 -m pytest -m gpu tests -n $(GPU_WORKERS) --dist worksteal --timeout 600 \
+		--gpu-record tests/gpu_record.json --gpu-minutes $(MINUTES)
 
 fuzz: ## 20,000 random calls on a GPU, recorded in tests/fuzz_record.json; again until it is whole
-	python3 -m pytest -m gpu $(FUZZ_FILES) --fuzz-examples 20000 \
+	python3 -m pytest -m gpu $(FUZZ_FILES) -n $(GPU_WORKERS) --dist worksteal --timeout 600 \
+		--fuzz-examples 20000 --fuzz-seed $(FUZZ_SEED) \
 		--gpu-record tests/fuzz_record.json --gpu-record-files --gpu-minutes $(MINUTES)
 
 clean: ## remove the environment, builds and caches of this folder (not the cubin cache: rtk cache clear)

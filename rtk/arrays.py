@@ -265,7 +265,7 @@ class TorchLibrary:
         pass  # torch captures into a memory pool of the graph's own
 
     def assign(self, target: Any, source: Any) -> None:
-        with self.torch.no_grad():
+        with self.torch.inference_mode():  # also where the target is an inference tensor
             target.copy_(source)
 
     def fill(self, array: Any, value: float) -> None:

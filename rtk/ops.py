@@ -103,7 +103,7 @@ def _check_choices(problem: AttentionProblem, choices: _Choices) -> None:
     margin = choices.sm_margin
     if not is_integer(margin) or margin < 0:
         raise ArgumentError("sm_margin", margin, "an integer of at least 0: multiprocessors to leave free")
-    if not isinstance(choices.batch_invariant, bool):
+    if not is_bool(choices.batch_invariant):
         raise ArgumentError("batch_invariant", choices.batch_invariant, "True or False")
     if choices.config is not None:
         _pinned(problem, choices.config)

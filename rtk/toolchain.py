@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 from rtk.errors import ToolchainError
 
@@ -24,7 +23,6 @@ __all__ = [
     "cupy_wheels",
     "driver_version",
     "find_nvrtc",
-    "load_nvrtc",
     "mend",
     "nvrtc",
     "open_nvrtc",
@@ -275,27 +273,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def load_nvrtc() -> ModuleType:
-    """CuPy's binding, `cupy_backends.cuda.libs.nvrtc`, bound to the chosen NVRTC. Imports CuPy.
-
-    Raises ToolchainError without CuPy, or where the binding already runs another release (it keeps the first it finds).
-    """
-    open_nvrtc()  # first, so that the binding's own search finds this one already loaded
-    try:
-        from cupy_backends.cuda.libs import nvrtc as binding
-
-        reported = binding.getVersion()
-    except (ImportError, RuntimeError) as error:
-        raise ToolchainError(f"CuPy's NVRTC binding cannot be used: {error}", mend()) from error
-    wanted = _numbers(nvrtc().build)[:2]
-    if tuple(reported)[: len(wanted)] != wanted:
-        raise ToolchainError(
-            f"CuPy's NVRTC binding runs {reported[0]}.{reported[1]}, not the chosen {nvrtc().build}",
-            "call this before CuPy or torch loads another NVRTC, or uninstall the other one",
-        )
-    return binding  # type: ignore[no-any-return]
 
 
 # --------------------------------------------------------------------------------------------------------- the rest

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
 import zlib
 from collections import Counter
@@ -154,7 +155,7 @@ class Journal:
 
     def __init__(self, failures: Path) -> None:
         self.failures = failures
-        self._running = failures.with_suffix(".running.json")
+        self._running = failures.with_suffix(f".running-{os.getpid()}.json")  # other properties run beside this one
         self._file = self._try(lambda: open(self._running, "w"))  # noqa: SIM115
 
     @staticmethod

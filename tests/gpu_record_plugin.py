@@ -4,6 +4,9 @@
 `--gpu-minutes M` a run stops before it takes longer, keeps what it has beside the record, and the next one goes on from
 there: as long as sources, tests, tools, options and the kind of GPU are the same. Nor does a run that was killed begin
 anew. What a test gives to `record_property` stands in the record, and whole numbers are added up by name.
+
+The Recorder collects what was shown; a Piece chooses what runs and when to stop. With pytest-xdist (`-n`) every worker
+has a Piece, and the Recorder sits in the process that they report to.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ ROOT = TESTS.parent
 RECORD = TESTS / "gpu_record.json"
 KEPT = ("passed", "skipped", "xfailed")  # outcomes that the next piece of a run takes over
 KEEP_EVERY_S = 5.0
+HANDED = "rtk_gpu_record"  # a worker's Piece, as xdist hands it on
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,11 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--gpu-record")
-    if not path or hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        if handed := config.workerinput.get(HANDED):
+            config.pluginmanager.register(Piece(**handed))
         return
-    if getattr(config.option, "numprocesses", None):
-        raise pytest.UsageError("--gpu-record: one process runs the GPU tests, so not with -n")
+    path = config.getoption("--gpu-record")
+    if not path:
+        return
     index, why = usable_gpu()
     if index is None:
         raise pytest.UsageError(f"--gpu-record: {why}, so there is nothing to record")
@@ -96,20 +102,44 @@ class Result:
     properties: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Piece:
+    """Runs what is not done yet, until the next test would not end in time. Only of types that xdist can send."""
+
+    done: list[str]
+    expected_s: dict[str, float]  # of each test, where an earlier run knows
+    started: float = field(default_factory=time.time)
+    limit_s: float = float("inf")
+
+    @pytest.hookimpl(trylast=True)  # after -m
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        done = set(self.done)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[Any]:
+        result = yield
+        elapsed = time.time() - self.started
+        if nextitem is not None and elapsed + self.expected_s.get(nextitem.nodeid, 0.0) > self.limit_s:
+            item.session.shouldstop = f"--gpu-minutes: {elapsed / 60:.1f} minutes"
+        return result
+
+
 class Recorder:
     def __init__(self, path: Path, index: int, config: pytest.Config) -> None:
-        self.path, self.index = path, index
+        self.path, self.index, self.config = path, index, config
         self.kept = path.with_name(f".{path.stem}.partial.json")
         self.partial = why_partial(config)
         option = vars(config.option)
         self.limit_s = 60 * (option["gpu_minutes"] or float("inf"))
+        self.workers = option.get("numprocesses") or 0
         self.options = {name: option[name] for name in ("fuzz_examples", "fuzz_seed") if name in option}
         if option["gpu_record_files"]:
             self.options["files"] = sorted(Path(name).as_posix() for name in config.args)
         self.started = self.last_kept = time.monotonic()
         self.of: dict[str, Any] = {}  # what results are of; they can only be joined to others of the same
-        self.ids: list[str] = []  # of all tests
-        self.waiting: list[str] = []  # of those that are still to run
+        self.ids: set[str] = set()  # of all tests
         self.expected_s: dict[str, float] = {}
         self.tests: dict[str, Result] = {}
         self.retried: dict[str, str] = {}  # what failed in an earlier piece and ran again
@@ -122,22 +152,30 @@ class Recorder:
     def pytest_sessionstart(self) -> None:
         device, toolchain = describe_device(self.index), describe_toolchain()
         self.of = {"sources": digests(), "options": self.options, "device": device, "toolchain": toolchain}
+        if not self.partial:
+            for path in (self.path, self.kept):
+                self.expected_s |= {test: seconds for test, _, seconds in read(path).get("tests", [])}
+            self.take_over(read(self.kept))
+        if not self.workers:
+            self.config.pluginmanager.register(self.piece())
+
+    def piece(self) -> Piece:
+        return Piece(list(self.tests), self.expected_s, limit_s=self.limit_s)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput[HANDED] = vars(self.piece())
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.uncollected = f"{report.nodeid} cannot be collected"
 
-    @pytest.hookimpl(trylast=True)  # after -m
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        self.ids = [item.nodeid for item in items]
-        if not self.partial:
-            for path in (self.path, self.kept):
-                self.expected_s |= {test: seconds for test, _, seconds in read(path).get("tests", [])}
-            self.take_over(read(self.kept))
-            done = [item for item in items if item.nodeid in self.tests]
-            items[:] = [item for item in items if item.nodeid not in self.tests]
-            config.hook.pytest_deselected(items=done)
-        self.waiting = [item.nodeid for item in items]
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.ids = {*self.tests, *(item.nodeid for item in session.items)}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.ids |= {*self.tests, *ids}
 
     def take_over(self, earlier: dict[str, Any]) -> None:
         """What earlier pieces of this run showed."""
@@ -169,17 +207,8 @@ class Recorder:
             result.outcome = "passed"
         if report.when == "teardown":
             result.properties = joined(report.user_properties)
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        done = yield
-        self.waiting.remove(item.nodeid)
-        elapsed = time.monotonic() - self.started
-        if self.waiting and elapsed + self.expected_s.get(self.waiting[0], 0.0) > self.limit_s:
-            item.session.shouldstop = f"--gpu-minutes: {elapsed / 60:.1f} minutes"
-        elif not self.partial and time.monotonic() - self.last_kept > KEEP_EVERY_S:
-            self.keep()
-        return done
+            if not self.partial and time.monotonic() - self.last_kept > KEEP_EVERY_S:
+                self.keep()
 
     def keep(self) -> None:
         write_atomically(self.kept, as_text(self.record()))
@@ -194,7 +223,7 @@ class Recorder:
         if self.partial:
             self.outcome = f"{self.path} left as it was: this run is not a record of all GPU tests ({self.partial})"
             return
-        missing = [test for test in self.ids if test not in self.tests]
+        missing = self.ids - self.tests.keys()
         if missing or self.uncollected or not self.ids:
             self.keep()
             done = f"{len(self.ids) - len(missing)} of {len(self.ids)} tests done"
@@ -221,6 +250,7 @@ class Recorder:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "duration_s": round(self.earlier_s + time.monotonic() - self.started, 1),
             "pieces": self.pieces,
+            "workers": self.workers,
             "passed": counts["passed"],
             "failed": counts["failed"],
             "errors": counts["error"],

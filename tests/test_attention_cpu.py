@@ -310,6 +310,7 @@ def test_choices_for_the_gpu_do_not_change_the_cpu(library: Library) -> None:
     arrays = [library.of(x) for x in inputs("float16")]
     expected = rtk.attention(*arrays)
     assert same_bits(rtk.attention(*arrays, batch_invariant=True, sm_margin=4), expected)
+    assert same_bits(rtk.attention(*arrays, batch_invariant=np.True_, sm_margin=np.int64(4)), expected)
     assert same_bits(rtk.attention(*arrays, config={"BLOCK_M": 128, "BLOCK_N": 96}), expected)
 
 

@@ -189,6 +189,8 @@ def test_torch_tensors_that_only_look_wrong() -> None:
         assert (rtk.attention(**x, out=out) == expected).all()
     with torch.inference_mode():
         assert (rtk.attention(**{name: y + 0 for name, y in x.items()}) == expected).all()
+        out = torch.zeros_like(expected)
+    assert (rtk.attention(**x, out=out) == expected).all(), "a tensor made for inference, written outside of it"
     assert (rtk.attention(**(x | {"q": torch._neg_view(-x["q"])})) == expected).all()
 
 

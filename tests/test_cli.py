@@ -450,3 +450,9 @@ def test_gpu_arrays_go_there_and_back_and_are_timed(gpu, library):
         assert (arrays.get(there) == host).all()
         tflops, why = onboard.gemm_ceiling(arrays, dtype)
         assert (tflops is None and why) or tflops > 10
+
+
+def test_what_does_not_fit_into_memory_is_said_in_one_line(capsys):
+    code, _, err = call(capsys, "demo", "--cpu", "--batch", "100000000", "--seqlen", "65536")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("rtk: not enough memory for this: ")

@@ -116,7 +116,6 @@ def test_record_has_every_sanitizer(record):
     assert {run[1] for run in runs if run and int(run[2]) > 0} >= SANITIZERS
 
 
-@pytest.mark.xfail(strict=True, reason="the one long run so far ended at 19,560 examples, before the sessions")
 def test_fuzzing_was_recorded(fuzz_record):
     """Once, and not again for each change of the sources."""
     assert_green(fuzz_record)

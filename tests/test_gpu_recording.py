@@ -157,10 +157,45 @@ def test_without_a_gpu_there_is_nothing_to_record(project):
     assert "5 skipped" in done.stdout, "without a GPU the GPU tests skip"
 
 
-def test_without_its_process_to_itself_there_is_no_record(project):
-    done, record = gpu_test(project, "-p", "xdist", "-n", "2")
-    assert (done.returncode, record) == (pytest.ExitCode.USAGE_ERROR, None)
-    assert "not with -n" in done.stderr
+# --- several processes -----------------------------------------------------------------------------------------------
+
+MANY = ("-p", "xdist", "-n", "2")
+
+
+def test_workers_make_the_same_record(project):
+    alone, together = gpu_test(project)[1], gpu_test(project, *MANY)[1]
+    assert [test[:2] for test in together["tests"]] == [test[:2] for test in alone["tests"]]
+    assert together["skipped_reasons"] == alone["skipped_reasons"]
+    assert (alone["workers"], together["workers"]) == (0, 2)
+
+
+def test_workers_go_on_where_a_piece_ended(project):
+    gpu_test(project, "--gpu-minutes", "1e-9")
+    assert len(kept(project)["tests"]) == 1
+    done, record = gpu_test(project, *MANY, "--gpu-minutes", "1e-9")
+    assert record is None, done.stdout
+    assert 1 < len(kept(project)["tests"]) < 5
+    for _ in range(5):
+        done, record = gpu_test(project, *MANY, "--gpu-minutes", "1e-9")
+        if record:
+            break
+    assert done.returncode == 0, done.stdout
+    assert (record["passed"], record["skipped"]) == (4, 1)
+
+
+def test_a_worker_that_dies_leaves_no_green_record(project):
+    text = "import os, pytest\n@pytest.mark.gpu\ndef test_dies(): os._exit(9)\n"
+    (project / "tests" / "test_n.py").write_text(text)
+    done, record = gpu_test(project, *MANY)
+    assert done.returncode != 0
+    assert record is None or record["failed"] + record["errors"] == 1
+
+
+def test_what_workers_cannot_collect_is_missing(project):
+    (project / "tests" / "test_a.py").write_text("import nothing_of_that_name\n")
+    done, record = gpu_test(project, *MANY, "--continue-on-collection-errors")
+    assert record is None
+    assert done.returncode != 0
 
 
 # --- what tests say about themselves ---------------------------------------------------------------------------------

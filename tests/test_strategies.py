@@ -225,7 +225,7 @@ def test_a_failing_example_is_shrunk_and_kept(options: FuzzOptions, capsys: pyte
     (call,) = (Call.from_json(data) for data in json.loads(line)["calls"])
     assert call.q == call.k == call.v == Placement()
     assert call.case.lengths[1] <= 2
-    assert not options.failures.with_suffix(".running.json").exists()
+    assert not list(options.failures.parent.glob("*.running*"))
 
 
 def test_where_nothing_can_be_written_the_example_is_printed(

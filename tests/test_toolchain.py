@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -233,33 +232,6 @@ def test_every_build_found_is_exact_and_is_what_the_library_says():
         assert path == found.path
         assert found.build.startswith(version + ".")
         assert maps == [os.path.realpath(found.path)]
-
-
-@needs_nvrtc
-def test_cupys_binding_runs_the_chosen_one():
-    pytest.importorskip("cupy_backends")
-    for found in find_nvrtc():
-        code = (
-            "from rtk import toolchain as t; print(*t.load_nvrtc().getVersion(), "
-            "*{line.split()[-1] for line in open('/proc/self/maps') if 'libnvrtc.so' in line})"
-        )
-        major, minor, *maps = run_python(code, RTK_NVRTC=found.path).split()
-        assert found.build.startswith(f"{major}.{minor}.")
-        assert maps == [os.path.realpath(found.path)]
-
-
-@needs_nvrtc
-def test_a_binding_that_runs_another_release_is_refused(monkeypatch):
-    package = types.ModuleType("cupy_backends.cuda.libs")
-    package.nvrtc = types.SimpleNamespace(getVersion=lambda: (11, 8))  # type: ignore[attr-defined]
-    for name in ("cupy_backends", "cupy_backends.cuda"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", package)
-    with pytest.raises(ToolchainError, match=r"runs 11\.8, not the chosen"):
-        toolchain.load_nvrtc()
-    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
-    with pytest.raises(ToolchainError, match="CuPy's NVRTC binding cannot be used"):
-        toolchain.load_nvrtc()
 
 
 @needs_nvrtc

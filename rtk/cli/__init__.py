@@ -1,6 +1,7 @@
 """The command line: ``rtk demo``, ``rtk doctor``, ``rtk warmup`` and ``rtk cache``; also ``python -m rtk.cli``.
 
-Exit codes: 0 the command did all it says, 1 it did not (the reason is printed), 2 the command line was wrong.
+Exit codes: 0 the command did all it says, 1 it did not (the reason is printed), 2 the command line was wrong,
+130 it was interrupted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = str(error)
         print(text if text.startswith("rtk:") else f"rtk: {text}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"rtk: not enough memory for this: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("rtk: interrupted", file=sys.stderr)
