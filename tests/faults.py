@@ -284,7 +284,7 @@ def one_parameter_block_for_all_threads() -> Attention:
 
     def attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
         block["call"] = (q, k, v), options
-        time.sleep(0.001)  # as while a kernel is loaded
+        time.sleep(0.01)  # as while a kernel is loaded; long enough for another thread on a busy machine
         arrays, options = block["call"]
         return rtk.attention(*arrays, **options)
 
