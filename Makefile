@@ -20,7 +20,7 @@ FUZZ_SEED ?= 0
 CUH = $(shell find cuda_src -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test check check-python check-types check-cuda format compile-all gpu-test fuzz clean
+.PHONY: help demo doctor test check check-python check-types check-cuda format compile-all gpu-test fuzz bench-report clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,7 +35,7 @@ $(VENV)/.rtk: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.rtk
 	@echo "adding the test tools to $(VENV) (once)"
-	$(PIP) --editable '.[cuda12,test,dev]' $(TORCH) $(NVRTC13)
+	$(PIP) --editable '.[cuda12,bench,test,dev]' $(TORCH) $(NVRTC13)
 	@touch $@
 
 # --- what people type ------------------------------------------------------------------------------------------------
@@ -80,6 +80,12 @@ fuzz: ## 20,000 random calls on a GPU, recorded in tests/fuzz_record.json; again
 	python3 -m pytest -m gpu $(FUZZ_FILES) -n $(GPU_WORKERS) --dist worksteal --timeout 600 \
 		--fuzz-examples 20000 --fuzz-seed $(FUZZ_SEED) \
 		--gpu-record tests/fuzz_record.json --gpu-record-files --gpu-minutes $(MINUTES)
+
+RESULTS := benchmarks/results/h200
+
+bench-report: $(VENV)/.dev ## redraw the recorded results: tables, plots, HTML, and the README's figures
+	$(BIN)/rtk bench report $(RESULTS)
+	$(BIN)/python -m rtk.benchmarks.report.readme $(RESULTS) README.md
 
 clean: ## remove the environment, builds and caches of this folder (not the cubin cache: rtk cache clear)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

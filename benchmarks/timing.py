@@ -1,59 +1,116 @@
-"""One way of timing for everything in a cell: CUDA graph replays, the candidates taking turns.
+"""One way of timing for everything in a cell, the candidates taking turns.
 
-A round replays every candidate once (A B C A B C …), so that clock and power drift hit all alike; a replay holds enough
-calls to last milliseconds, so that events are precise. Median and quartiles are over rounds.
+A round times every candidate once, so that clock and power drift hit all alike, and the rounds of a cell are paired.
+Each round has an order of its own: who always came after a slow candidate, in which the card cools and raises its
+clock, would seem faster (by up to 6% on an H200). Where all of them can be captured, a turn is one replay of a CUDA
+graph of some calls; otherwise all of them are called eagerly, behind a wait on the GPU that hides the CPU's part. A
+turn lasts milliseconds, so that events are precise. A candidate is a list of calls on different inputs, taken in turn,
+so that none finds its own in the cache.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import random
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_REPLAY_MS = 4.0  # what one replay of a graph should last
-_MAX_CALLS = 64  # in a graph
+Call = Callable[[], Any]
+
+TURN_MS = 4.0  # what one turn should last
+_MAX_CALLS = 64  # in a turn
 _WARM_UP_ROUNDS = 2
+_ORDER_SEED = 0
+# Eager calls wait on the GPU until the CPU has enqueued them all: twice what that took, at the highest clock.
+_CYCLES_PER_S, _MARGIN, _LEAST_CYCLES = 2.0e9, 2.0, 1_000_000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds for one call: median and quartiles over the rounds."""
+    """Microseconds for one call: median and quartiles over the rounds, and every round."""
 
     us: float
     us_q1: float
     us_q3: float
-    rounds: int
+    us_rounds: tuple[float, ...]
+    method: str  # "graph" or "eager"
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 15) -> dict[str, Timing]:
-    """Times each call on the current torch device. A call must be capturable in a CUDA graph."""
-    graphs = {name: _captured(call) for name, call in calls.items()}
-    spans: dict[str, list[float]] = {name: [] for name in calls}
+@dataclass(frozen=True)
+class Turns:
+    """A candidate made ready: `run` does `count` calls, behind a wait of so many cycles on the GPU."""
+
+    run: Callable[[], Any]
+    count: int
+    hidden_cycles: int = 0
+
+
+def interleaved(candidates: Mapping[str, Sequence[Call]], rounds: int = 15) -> dict[str, Timing]:
+    """Times each candidate on the current torch device, in the current stream."""
+    method, ready = "graph", {}
+    try:
+        for name, calls in candidates.items():
+            ready[name] = _captured(calls)
+    except Exception:  # libraries refuse capture in ways of their own; the eager turns show what else is wrong
+        method = "eager"
+        ready = {name: _eager(calls) for name, calls in candidates.items()}
+    spans: dict[str, list[float]] = {name: [] for name in candidates}
+    order = random.Random(_ORDER_SEED)
     for _ in range(rounds + _WARM_UP_ROUNDS):
-        for name, (graph, count) in graphs.items():
-            spans[name].append(_elapsed_ms(graph.replay) * 1e3 / count)
-    return {name: _summary(times[_WARM_UP_ROUNDS:]) for name, times in spans.items()}
+        for name, turns in order.sample(list(ready.items()), len(ready)):
+            spans[name].append(_elapsed_ms(turns.run, turns.hidden_cycles) * 1e3 / turns.count)
+    return {name: _summary(times[_WARM_UP_ROUNDS:], method) for name, times in spans.items()}
 
 
-def _captured(call: Callable[[], Any]) -> tuple[Any, int]:
-    """A graph of some calls, and how many."""
+def _count(calls: Sequence[Call]) -> int:
+    """How many calls make a turn: enough to last, and each input as often as any other."""
+    for call in calls[:2]:  # the first call compiles, and leaves its launch attributes behind
+        call()
+    wanted = max(1, min(_MAX_CALLS, round(TURN_MS / max(_elapsed_ms(calls[0]), 1e-3))))
+    return -(-wanted // len(calls)) * len(calls) if wanted >= len(calls) else wanted
+
+
+def _captured(calls: Sequence[Call]) -> Turns:
     import torch
 
-    for _ in range(2):  # the first call compiles, and leaves its launch attributes behind
+    count = _count(calls)
+    for call in calls[:count]:
         call()
-    count = max(1, min(_MAX_CALLS, round(_REPLAY_MS / max(_elapsed_ms(call), 1e-3))))
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(count):
+        for call in itertools.islice(itertools.cycle(calls), count):
             call()
-    return graph, count
+    return Turns(graph.replay, count)
 
 
-def _elapsed_ms(work: Callable[[], Any]) -> float:
+def _eager(calls: Sequence[Call]) -> Turns:
+    import torch
+
+    count = _count(calls)
+
+    def run() -> None:
+        for call in itertools.islice(itertools.cycle(calls), count):
+            call()
+
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    enqueued_s = time.perf_counter() - start
+    return Turns(run, count, max(_LEAST_CYCLES, int(_MARGIN * enqueued_s * _CYCLES_PER_S)))
+
+
+def _elapsed_ms(work: Callable[[], Any], hidden_cycles: int = 0) -> float:
     import torch
 
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if hidden_cycles:
+        torch.cuda._sleep(hidden_cycles)
     start.record()
     work()
     end.record()
@@ -61,6 +118,36 @@ def _elapsed_ms(work: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end))
 
 
-def _summary(times: list[float]) -> Timing:
-    q1, median, q3 = statistics.quantiles(times, n=4)
-    return Timing(median, q1, q3, len(times))
+def host_us(
+    candidates: Mapping[str, tuple[Call, Callable[[], contextlib.AbstractContextManager[Any]]]],
+    rounds: int,
+    calls: int = 200,
+) -> dict[str, list[float]]:
+    """Microseconds of CPU that one eager call costs, per round: what a loop of calls takes until all are enqueued."""
+    import torch
+
+    spans: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, (call, context) in candidates.items():
+            with context():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                if number:  # the first round warms up
+                    spans[name].append((time.perf_counter() - start) * 1e6 / calls)
+    torch.cuda.synchronize()
+    return spans
+
+
+def _summary(times: list[float], method: str) -> Timing:
+    q1, median, q3 = quartiles(times)
+    return Timing(median, q1, q3, tuple(times), method)
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(times) < 2:
+        return times[0], times[0], times[0]
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
+    return q1, median, q3

@@ -1,4 +1,4 @@
-"""The command line: ``rtk demo``, ``rtk doctor``, ``rtk warmup`` and ``rtk cache``; also ``python -m rtk.cli``.
+"""The command line: ``rtk demo``, ``doctor``, ``warmup``, ``cache``, ``bench``, ``profile``; or ``python -m rtk.cli``.
 
 Exit codes: 0 the command did all it says, 1 it did not (the reason is printed), 2 the command line was wrong,
 130 it was interrupted.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import rtk
+from rtk.cli import profile
 from rtk.errors import ArgumentError, RtkError
 
 
@@ -98,6 +99,28 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--fix", action="store_true", help="verify: delete what is bad")
     cache.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
     cache.set_defaults(run=_cache, parser=cache)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time attention beside its peers on this GPU; report and compare what was recorded",
+        description="Measures suites of problems (`rtk bench list` names them; paper where none is named), or problems "
+        "of your own, with every implementation that is here, and writes FOLDER/<gpu>/<suite>.json, tables, plots and "
+        "one HTML report. A run ends before --minutes are over; the same command goes on where it ended. "
+        "`rtk bench report PATH ...` redraws from results files or folders, without a GPU; `rtk bench compare OLD NEW` "
+        "says what changed, with exit code 1 where rtk got slower.",
+    )
+    bench.add_argument("what", nargs="*", metavar="SUITE", help="suites; or: list, report PATH ..., compare OLD NEW")
+    bench.add_argument("--shape", action="append", default=[], type=_shape, metavar="SHAPE", help="a problem of yours")
+    bench.add_argument("--file", action="append", default=[], metavar="FILE", help="problems in TOML or JSON")
+    bench.add_argument("--impl", metavar="NAMES", help="only these implementations, separated by commas")
+    bench.add_argument("--rounds", type=_positive, metavar="N", help="turns of each implementation (the suite's own)")
+    bench.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="end before M minutes (%(default)g)")
+    bench.add_argument("--fresh", action="store_true", help="begin anew, not where an earlier run ended")
+    bench.add_argument("--out", metavar="FOLDER", help="where results go (rtk-bench), or the report (beside them)")
+    bench.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
+    bench.set_defaults(run=_bench, parser=bench)
+
+    profile.add_parser(commands)
     return parser
 
 
@@ -112,6 +135,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return value
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
     return value
 
 
@@ -165,3 +195,9 @@ def _cache(arguments: argparse.Namespace) -> int:
     from rtk.cli import cache
 
     return cache.run(arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from rtk.cli import bench
+
+    return bench.run(arguments)

@@ -1,0 +1,267 @@
+"""What is measured of one cell: a function each, which yields a record for every implementation.
+
+Every implementation is compared with float64 before it is timed; one that computes something else, or that fails, has
+its reason in `error` and no time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtk.benchmarks import floors, operations, peers, timing
+from rtk.benchmarks.peers import Peer, Prepared
+
+_MOST_SETS = 64  # of inputs: as many as a turn has calls
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem of one operation. `impls` limits who takes part, None for all."""
+
+    op: str
+    problem: Any
+    variant: str | None = None
+    impls: tuple[str, ...] | None = None
+
+
+@dataclass
+class Bench:
+    """Where cells are measured: who takes part, on what, and who looks at the clocks meanwhile."""
+
+    suite: str
+    found: Mapping[str, Peer]
+    rounds: int
+    l2_bytes: int
+    seed: int = 0
+    take: Callable[[], dict[str, float]] = dict  # what telemetry saw since the last time
+    ready: dict[str, list[Prepared]] = field(default_factory=dict)
+
+
+Records = Iterator[dict[str, Any]]
+
+
+def describe(cell: Cell, suite: str) -> dict[str, Any]:
+    """The keys of a record that say which cell it is of."""
+    found = {"suite": suite, **operations.known()[cell.op].describe(cell.problem)}
+    if cell.variant is not None:
+        found["variant"] = cell.variant
+    return found
+
+
+def times(cell: Cell, bench: Bench) -> Records:
+    """Microseconds of a call, the implementations taking turns."""
+    with _checked(cell, bench) as (found, ready):
+        yield from _timed(found, ready, bench)
+
+
+def times_and_memory(cell: Cell, bench: Bench) -> Records:
+    """And the most memory that a call holds beyond its inputs, its output among it."""
+    with _checked(cell, bench) as (found, ready):
+        for name, calls in ready.items():
+            found[name]["peak_extra_bytes"] = _peak_extra_bytes(calls[0])
+        yield from _timed(found, ready, bench)
+
+
+def accuracy(cell: Cell, bench: Bench) -> Records:
+    """Errors only."""
+    with _checked(cell, bench, thorough=True, judge=False) as (found, _):
+        yield from found.values()
+
+
+def overhead(cell: Cell, bench: Bench) -> Records:
+    """Microseconds of CPU of an eager call (cpu_us), and of the GPU in a CUDA graph (us)."""
+    with _checked(cell, bench, most_sets=1) as (found, ready):
+        spans = timing.host_us({name: (made[0].call, made[0].context) for name, made in ready.items()}, bench.rounds)
+        for name, values in spans.items():
+            q1, median, q3 = timing.quartiles(values)
+            found[name] |= {"cpu_us": _us(median), "cpu_us_q1": _us(q1), "cpu_us_q3": _us(q3)}
+            found[name]["cpu_us_rounds"] = [_us(value) for value in values]
+        yield from _timed(found, ready, bench)
+
+
+def coldstart(cell: Cell, bench: Bench) -> Records:
+    """Milliseconds of importing an implementation and of its first calls, each time in a process of its own."""
+    from rtk.benchmarks import coldstart as child
+
+    for name in _taking_part(cell, bench):
+        record = {**describe(cell, bench.suite), "impl": name, "error": None}
+        with tempfile.TemporaryDirectory(prefix="rtk-bench-") as folder:
+            try:
+                cold, warm = (child.in_new_process(name, cell.problem, Path(folder)) for _ in range(2))
+            except child.Failed as error:
+                record["error"] = str(error)
+            else:
+                record |= cold | {"disk_call_ms": warm["first_call_ms"], "load_ms": warm.get("build_ms")}
+                record["compile_ms"] = record.pop("build_ms", None)
+        yield record
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def _taking_part(cell: Cell, bench: Bench) -> list[str]:
+    return [name for name in bench.found if cell.impls is None or name in cell.impls]
+
+
+@contextlib.contextmanager
+def _checked(
+    cell: Cell, bench: Bench, *, thorough: bool = False, judge: bool = True, most_sets: int = _MOST_SETS
+) -> Iterator[tuple[dict[str, dict[str, Any]], dict[str, list[Prepared]]]]:
+    """({impl: record}, {impl: calls, one for each set of inputs}): those that gave the right answer are ready."""
+    import torch
+
+    operation = operations.known()[cell.op]
+    sets = _sets(operation.input_bytes(cell.problem), bench.l2_bytes, most_sets)
+    inputs = [operation.inputs(cell.problem, cell.variant, bench.seed + number) for number in range(sets)]
+    truth = operation.truth(cell.problem, inputs[0], thorough=thorough)
+    found: dict[str, dict[str, Any]] = {}
+    ready: dict[str, list[Prepared]] = {}
+    for name in _taking_part(cell, bench):
+        record = found[name] = {**describe(cell, bench.suite), "impl": name, "error": None}
+        try:
+            start = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch: why a backend does not serve
+                made = [bench.found[name].prepare(cell.op, cell.problem, tensors) for tensors in inputs]
+                with made[0].context():
+                    result = made[0].canonical(made[0].call())
+                torch.cuda.synchronize()
+            record["prepared_s"] = round(time.perf_counter() - start, 3)
+            rms, largest = truth.errors(result)
+        except Exception as error:  # each library fails in its own way
+            record["error"] = peers.reason_of(error)
+            _raise_if_lost(torch, error)
+            continue
+        finite = math.isfinite(rms) and math.isfinite(largest)
+        record |= {"rms_error": rms, "max_error": largest} if finite else {}
+        if judge and not rms <= operation.tolerance(cell.problem):
+            record["error"] = f"the answer is wrong: RMS error {rms:.3g} of the RMS of float64's"
+        elif not finite:
+            record["error"] = "the answer is not finite"
+        else:
+            ready[name] = made
+    try:
+        yield found, ready
+    finally:
+        del inputs, truth
+        ready.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _raise_if_lost(torch: Any, error: Exception) -> None:
+    """After some errors nothing runs in this process any more: better said at once than by every later cell."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        raise error from None
+
+
+def _sets(size: int, l2_bytes: int, most: int) -> int:
+    """How many sets of inputs, so that they do not stay in the cache from one turn to the next: twice what it holds."""
+    return max(1, min(most, math.ceil(2 * l2_bytes / max(size, 1))))
+
+
+def _timed(found: dict[str, dict[str, Any]], ready: Mapping[str, Sequence[Prepared]], bench: Bench) -> Records:
+    import torch
+
+    bench.take()
+    calls = {name: [_entered(each) for each in made] for name, made in ready.items()}
+    measured: dict[str, timing.Timing] = {}
+    while calls:
+        try:
+            measured = timing.interleaved(calls, bench.rounds)
+            break
+        except Exception as error:
+            _raise_if_lost(torch, error)
+            culprit = _failing(calls)
+            if culprit is None:
+                raise
+            name, reason = culprit
+            found[name]["error"] = reason
+            del calls[name]
+    state = bench.take()
+    for name, record in found.items():
+        if name in measured:
+            record |= _of(measured[name], record) | state
+        yield record
+
+
+def _failing(calls: Mapping[str, Sequence[timing.Call]]) -> tuple[str, str] | None:
+    """Who fails when called again, and how."""
+    import torch
+
+    for name, each in calls.items():
+        try:
+            for call in each:
+                call()
+            torch.cuda.synchronize()
+        except Exception as error:
+            return name, peers.reason_of(error)
+    return None
+
+
+def _entered(made: Prepared) -> timing.Call:
+    """The call within its context: in a graph, and behind a wait, that costs nothing that is measured."""
+    if made.context is contextlib.nullcontext:
+        return made.call
+
+    def call() -> Any:
+        with made.context():
+            return made.call()
+
+    return call
+
+
+def _of(measured: timing.Timing, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of a timing. Its share of the ceiling is added when all ceilings are known."""
+    return {
+        "us": _us(measured.us),
+        "us_q1": _us(measured.us_q1),
+        "us_q3": _us(measured.us_q3),
+        "us_rounds": [_us(value) for value in measured.us_rounds],
+        "rounds": len(measured.us_rounds),
+        "timing": measured.method,
+        "tflops": round(floors.tflops(record, measured.us), 1),
+    }
+
+
+def _us(value: float) -> float:
+    return round(value, 3 if value < 100 else 2)
+
+
+def _peak_extra_bytes(made: Prepared) -> int:
+    """What torch's allocator held at most during a call, beyond what it held before."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with made.context():
+        result = made.call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return int(peak)
+
+
+def median_of(values: Sequence[float]) -> dict[str, float]:
+    """{"min", "median", "max"} of some values."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def own_environment(folder: Path) -> dict[str, str]:
+    """This process's environment, with the caches of every implementation in a folder."""
+    names = ("RTK_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME")
+    return {**os.environ, **{name: str(folder / name.lower()) for name in names}}

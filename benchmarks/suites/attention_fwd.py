@@ -1,0 +1,86 @@
+"""Suites of attention forward."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rtk import shapes
+from rtk.benchmarks import measure
+from rtk.benchmarks.suites import Cell, Suite
+
+_OP = "attention_fwd"
+
+
+def _cells(*lines: str, variants: tuple[str | None, ...] = (None,)) -> tuple[Cell, ...]:
+    return tuple(Cell(_OP, shapes.parse(line), variant) for line in lines for variant in variants)
+
+
+def _mask(causal: bool) -> str:
+    return ",causal" if causal else ""
+
+
+def _paper(dtype: str) -> tuple[Cell, ...]:
+    """FlashAttention-3's grid: batch * seqlen 16384, heads * head_dim 2048."""
+    return _cells(
+        *(
+            f"b={16384 // seqlen},hq={2048 // d},sq={seqlen},d={d},dtype={dtype}{_mask(causal)}"
+            for d in (64, 128, 256)
+            for causal in (False, True)
+            for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
+        )
+    )
+
+
+_SMALL = _cells(
+    *(f"b=16,hq={heads},sq=512,d=64,dtype=fp16" for heads in (8, 16, 32, 64, 96, 128)),
+    "b=1,hq=8,sq=512,d=64,dtype=fp16",
+    "b=16,hq=96,sq=4096,d=128,dtype=fp16",
+)
+_LONG = _cells(*(f"hq=8,sq={seqlen},d={d},causal" for d in (64, 128) for seqlen in (32768, 65536, 131072)))
+_GQA = _cells(
+    *(
+        f"b={batch},hq={heads_q},hk={heads_kv},sq={seqlen},d=128{_mask(causal)}"
+        for heads_q, heads_kv, batch, seqlen in ((64, 8, 2, 4096), (32, 8, 2, 8192), (128, 1, 1, 4096))
+        for causal in (False, True)
+    )
+)
+_RAGGED = _cells(
+    *(f"b=8,hq=16,sq={s},d=128{_mask(causal)}" for s in (777, 1023, 3001) for causal in (False, True)),
+    *(f"b=4,hq=16,sq={sq},sk={sk},d=128{_mask(sq < sk)}" for sq, sk in ((777, 3001), (3001, 777), (256, 8191))),
+    *(f"b=4,hq=16,sq=4096,d={d}{_mask(causal)}" for d in (72, 80, 96) for causal in (False, True)),
+    *(f"b=4,hq=16,sq=4096,d=192,dv=128{_mask(causal)}" for causal in (False, True)),
+)
+_TOY = _cells("b=1,hq=8,sq=128,d=64", "b=1,hq=8,sq=128,d=128,causal")
+_COLD = _cells("b=2,hq=16,sq=8192,d=128,causal")
+_COLD_OURS = tuple(
+    dataclasses.replace(cell, impls=("rtk",))
+    for cell in _cells(
+        *(
+            f"b=2,hq={2048 // d},sq=8192,d={d}{_mask(causal)}"
+            for d in (64, 128, 256)
+            for causal in (False, True)
+            if (d, causal) != (128, True)
+        )
+    )
+)
+_ACCURACY = _cells(
+    *(
+        f"b=1,hq=16,sq=2048,d={d},dtype={dtype}{_mask(causal)}"
+        for dtype in ("bf16", "fp16")
+        for d in (64, 128, 256)
+        for causal in (False, True)
+    ),
+    variants=(None, "outliers"),
+)
+
+SUITES = [
+    Suite("paper", "FlashAttention-3's grid in bfloat16", _paper("bf16")),
+    Suite("paper-fp16", "FlashAttention-3's grid in float16", _paper("fp16")),
+    Suite("small", "Small problems in float16: µs, and µs per head", _SMALL, rounds=21),
+    Suite("long", "Long context, causal, and the memory it takes", _LONG, measure.times_and_memory, rounds=7),
+    Suite("gqa", "Grouped-query and multi-query attention", _GQA),
+    Suite("ragged", "Lengths and head_dims that are no powers of two", _RAGGED),
+    Suite("overhead", "CPU time of one call", _TOY, measure.overhead, rounds=11),
+    Suite("coldstart", "Import, and the first and second call of a process", _COLD + _COLD_OURS, measure.coldstart),
+    Suite("accuracy", "Errors against float64, also with outliers", _ACCURACY, measure.accuracy),
+]

@@ -1,0 +1,55 @@
+"""`rtk profile` for real: one small call under Nsight Compute, ours and a peer's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rtk import shapes
+from rtk.benchmarks import measure, peers, profile
+from rtk.cli import main
+from rtk.errors import RtkError, ToolchainError
+
+pytestmark = pytest.mark.gpu
+SHAPE = "b=2,hq=16,sq=2048,d=128"
+
+
+@pytest.fixture
+def ncu(gpu):
+    if gpu.torch is None:
+        pytest.skip("the profiled call needs torch")
+    try:
+        return profile.find()
+    except ToolchainError:
+        pytest.skip("ncu is not installed")
+
+
+def test_a_call_of_ours(ncu, tmp_path, capsys):
+    assert main(["profile", "--shape", SHAPE, "--json", "--export", str(tmp_path / "kept")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    cell = measure.Cell("attention_fwd", shapes.parse(SHAPE))
+    (timed,) = measure.times(cell, measure.Bench("own", {"rtk": peers.known()["rtk"]}, 3, 60 << 20))
+    assert 0.5 * timed["us"] < found["duration_us"] < 3 * timed["us"]
+    assert found["kernel"].startswith("attention_fwd_bf16_d128") and found["kernels"] == 1
+    assert 0 < found["registers_per_thread"] <= 168 and found["local_loads"] == found["local_stores"] == 0
+    assert found["tensor_pct"] > 20 and 0 < found["xu_pct"] <= 100 and 0 < found["issue_pct"] <= 100
+    assert found["missing"] == [] and 500 < found["sm_mhz"] < 2100
+    assert 0 < found["dram_gbps"] < 5000 and found["l2_gbps"] > found["dram_gbps"] and 0 < found["l2_hit_pct"] <= 100
+    assert sum(stall["share_pct"] for stall in found["stalls"]) <= 100
+    assert (tmp_path / "kept.ncu-rep").stat().st_size > 10_000
+
+
+def test_a_pinned_configuration_and_a_peer(ncu, capsys):
+    assert (
+        main(["profile", "--shape", SHAPE, "--config", "BLOCK_M=64,NUM_CONSUMER_WARPGROUPS=1", "--kernel", "m64"]) == 0
+    )
+    assert "BLOCK_M=64" in capsys.readouterr().out
+    assert main(["profile", "--shape", SHAPE, "--impl", "fa2"]) == 0
+    out = capsys.readouterr().out
+    assert "flash" in out and "tensor cores" in out and "Warps that do not issue" in out
+
+
+def test_a_call_that_cannot_be_made(ncu):
+    with pytest.raises(RtkError, match="no softcap"):
+        profile.profile(shapes.parse(f"{SHAPE},softcap=5"), "fa2")
