@@ -20,7 +20,8 @@ from rtk.errors import ArgumentError
 
 SCHEMA = 1
 RTK = "rtk"
-# The same binary on the same card differs that much between two runs: no smaller difference is a fact about a kernel.
+# One kernel, timed under two names in one run (cuDNN as `cudnn` and as torch's own choice, `sdpa`), differed by up to 0.7%
+# in a cell of the recorded `paper`: no smaller difference is a fact about a kernel.
 RESOLUTION = 0.01
 # CPU time of a call depends on the host's clock, its caches and what else it does, far more than a GPU's time does.
 HOST_RESOLUTION = 0.10
@@ -46,6 +47,15 @@ _SIZES = ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "h
 # The time that a suite is about. Suites of other things (errors, one-off milliseconds) have none that can be compared.
 _METRICS: dict[str, str | None] = {"overhead": "cpu_us", "coldstart": None, "accuracy": None}
 _ACCEPTED = "a results file, as `rtk bench` writes it"
+
+# What every record has, null where it does not apply, in this order.
+RECORD_KEYS = (
+    *CELL_KEYS[:2],
+    "impl",
+    *CELL_KEYS[2:],
+    *("us", "us_q1", "us_q3", "tflops", "ceiling_share", "floor_us", "rounds", "timing"),
+    *("rms_error", "max_error", "sm_mhz", "power_w", "temperature_c", "error"),
+)
 
 Record = dict[str, Any]
 Cell = tuple[Any, ...]
@@ -139,6 +149,11 @@ def write(path: str | os.PathLike[str], meta: Mapping[str, Any], records: Sequen
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def whole(record: Mapping[str, Any]) -> Record:
+    """The record with all of RECORD_KEYS, and then what else it has."""
+    return {key: record.get(key) for key in RECORD_KEYS} | dict(record)
 
 
 def merge(*lists: Iterable[Record]) -> list[Record]:

@@ -175,7 +175,7 @@ def _take_over(kept: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
 def _with_shares(record: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
     """The record with its floors and its share of the ceiling, as far as the ceilings are known."""
     known = meta.get("ceilings") or ceilings.joined(meta["ceilings_measured"])
-    found = dict(record)
+    found = records.whole(record)
     bounds = floors.floors(record, known, meta["device"])
     found["floor_us"] = {name: round(value, 3) for name, value in bounds.items()} or None
     if record.get("tflops") and known.get("bf16_tflops"):

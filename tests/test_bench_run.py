@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -101,6 +105,16 @@ def test_a_time_is_an_odd_rounds_median_with_its_quartiles():
     assert timing.quartiles([4.0]) == (4.0, 4.0, 4.0)
 
 
+def test_a_record_has_every_key_null_where_it_does_not_apply():
+    cell = Cell("attention_fwd", shapes.parse("hq=1,sq=8,d=8"))
+    found = runner._with_shares({**measure.describe(cell, "coldstart"), "impl": "rtk", "import_ms": 3.0}, meta_of())
+    keys = (
+        "suite op impl dtype batch heads_q heads_kv seqlen_q seqlen_k head_dim head_dim_v causal us us_q1 us_q3 tflops"
+    )
+    assert {*keys.split(), "error"} <= set(found) and found["import_ms"] == 3.0
+    assert found["us"] is None and found["floor_us"] is None
+
+
 def test_shares_and_floors_are_of_the_runs_own_ceilings():
     meta = meta_of(ceilings={"bf16_tflops": 700.0, "copy_gbps": 4000.0}, device={"sm_count": 132, "max_sm_mhz": 1980})
     cell = Cell("attention_fwd", shapes.parse("b=2,hq=16,sq=8192,d=128"))
@@ -184,6 +198,36 @@ def test_the_live_lines_name_the_problem(capsys):
     err = capsys.readouterr().err
     assert "fa3: not installed" in err
     assert "[1/4] d8 full seqlen 8: rtk 612  cudnn 12.3 µs  fa2 –" in err
+
+
+def test_on_a_terminal_it_draws_a_table_and_a_bar(tmp_path):
+    pytest.importorskip("rich")
+    code = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import test_bench_run as t
+live = t.bench.Live(quiet=False)
+suite, record = t.suite_of(t.timed), t.measure.describe(t.Cell("attention_fwd", t.shapes.parse(t.LINES[0])), "own")
+with live:
+    live.started(suite, t.meta_of(gpu="NVIDIA H200"), [])
+    live.measured([{**record, "impl": "rtk", "us": 5000.0, "tflops": 612.3, "error": None}], 1, 4)
+"""
+    (tmp_path / "watch.py").write_text(code)
+    paths = [Path(__file__).parent, Path(__file__).parent.parent]
+    primary, secondary = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "watch.py", *paths], stderr=secondary, env=environment, timeout=120
+    )
+    os.close(secondary)
+    seen = b""
+    with contextlib.suppress(OSError):  # how the end of a terminal is told
+        while chunk := os.read(primary, 65536):
+            seen += chunk
+    os.close(primary)
+    text = seen.decode()
+    assert done.returncode == 0, text
+    assert "d8 full seqlen 8" in text and "612" in text and "1/4" in text and "mine" in text
 
 
 def test_the_recorded_results_are_read(capsys, tmp_path):

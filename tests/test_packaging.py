@@ -79,7 +79,7 @@ def code_files():
 
 def test_the_wheel_holds_all_the_code_and_no_results(wheel):
     names = set(contents(wheel))
-    assert names >= {*code_files(), "rtk/py.typed"}
+    assert names >= {*code_files(), "rtk/py.typed", "rtk/benchmarks/report/report.html.j2"}
     assert any(name.startswith("rtk/cuda_src/rtk/") for name in names)
     assert not [name for name in names if "results" in name]
     assert {name.split("/")[0] for name in names} == {"rtk"}, "nothing as generic as `autotune` in site-packages"
