@@ -20,8 +20,8 @@ from rtk.errors import ArgumentError
 
 SCHEMA = 1
 RTK = "rtk"
-# One kernel, timed under two names in one run (cuDNN as `cudnn` and as torch's own choice, `sdpa`), differed by up to 0.7%
-# in a cell of the recorded `paper`: no smaller difference is a fact about a kernel.
+# One kernel, timed under two names in one run (cuDNN as `cudnn` and as torch's own choice, `sdpa`), differed by at
+# most 0.7% in a cell of the recorded `paper`: no smaller difference is a fact about a kernel.
 RESOLUTION = 0.01
 # CPU time of a call depends on the host's clock, its caches and what else it does, far more than a GPU's time does.
 HOST_RESOLUTION = 0.10
