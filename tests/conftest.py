@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 
 import pytest
 from gpus import Gpu, module_with_gpu, usable_gpu
+
+# A shell ignores Ctrl-C in what it runs in the background, and children inherit that: tests of it would see nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["fuzz_options", "gpu_fixtures", "gpu_record_plugin"]
 
