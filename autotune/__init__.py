@@ -1,5 +1,5 @@
-"""The autotuner: cost model, search, timing and store, imported as ``rtk.autotune``.
+"""Which configuration serves a problem: choices that were measured, where they are kept, and how they are found.
 
-Empty for now: :meth:`rtk.spec.KernelSpec.pick` chooses a configuration from a small rule. Its answer is what this
-package will compute, so nothing else has to change when it arrives.
+`choice` is what a call asks: a stored choice of its bucket, or of a neighbour, or else the kernel's own first pick.
+Nothing here ever times anything beside a user's work.
 """

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rtk.api import flash_attn_func as flash_attn_func
     from rtk.api import stats as stats
     from rtk.arrays import View as View
+    from rtk.autotune.choice import freeze as freeze
+    from rtk.autotune.recording import record_shapes as record_shapes
     from rtk.checks import check_run as check_run
     from rtk.checks import check_spec as check_spec
     from rtk.jit import Binary as Binary
@@ -42,6 +44,8 @@ _HOME: dict[str, str | None] = {
     "flash_attn_func": "rtk.api",
     "stats": "rtk.api",
     "errors": None,
+    "freeze": "rtk.autotune.choice",
+    "record_shapes": "rtk.autotune.recording",
     # a kernel of one's own
     "Binary": "rtk.jit",
     "Binding": "rtk.spec",

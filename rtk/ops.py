@@ -11,6 +11,8 @@ import numpy as np
 
 from rtk import arrays, counters, reference, tma
 from rtk.arrays import Library, View
+from rtk.autotune import choice, recording
+from rtk.autotune.keys import Gpu
 from rtk.errors import ArgumentError, RtkError, UnsupportedError
 from rtk.kernels.attention_fwd import SPEC, AttentionFwdConfig
 from rtk.launch import PLANS_REMEMBERED, Plan, Recent, check_device
@@ -158,6 +160,7 @@ def _on_gpu(
         target = library.empty(to_bhsd(problem.o_shape, layout), problem.dtype, device)
     lse = library.empty(problem.lse_shape, "float32", device) if return_lse else None
     target_view = library.view(target, "out")
+    recording.seen(problem)
     plan = _plan(problem, operands, target_view, layout, choices)
     lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
     plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer))
@@ -172,7 +175,10 @@ def _plan(problem: AttentionProblem, operands: Operands, out: View, layout: str,
     strides = tuple(view.strides for view in operands.views)
     config = choices.config
     pin = tuple(sorted(config.items())) if isinstance(config, Mapping) else config
-    key = (problem, strides, out.strides, out.device, layout, pin, choices.batch_invariant, choices.sm_margin)
+    key = (
+        *(problem, strides, out.strides, out.device, layout, pin, choices.batch_invariant, choices.sm_margin),
+        choice.epoch(),
+    )
     plan = _plans.get(key)
     if plan is None:
         plan = _make_plan(problem, operands, out, layout, choices)
@@ -180,12 +186,20 @@ def _plan(problem: AttentionProblem, operands: Operands, out: View, layout: str,
     return plan
 
 
+def _chosen(problem: AttentionProblem, choices: _Choices, device: int) -> AttentionFwdConfig:
+    """Of a batch-invariant call nothing that was measured may decide: it would have depended on the batch."""
+    if choices.batch_invariant:
+        return SPEC.pick(problem.without_batch())
+    config: AttentionFwdConfig = choice.choose(SPEC, problem, Gpu.of(device)).config
+    return config
+
+
 def _make_plan(problem: AttentionProblem, operands: Operands, out: View, layout: str, choices: _Choices) -> Plan:
+    assert out.device is not None
     if choices.config is not None:
         config = _pinned(problem, choices.config)
     else:
-        config = SPEC.pick(problem.without_batch() if choices.batch_invariant else problem)
-    assert out.device is not None
+        config = _chosen(problem, choices, out.device)
     # As the kernel sees them, whatever the layout: (batch, heads, seqlen, head_dim).
     views = {
         name: replace(view, shape=to_bhsd(view.shape, layout), strides=to_bhsd(view.strides, layout))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +82,23 @@ class Binding:
     workspace_bytes: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Problems that share a stored choice: those that agree in `exact`, and in every size to the next half-step."""
+
+    exact: tuple[tuple[str, int | float | bool | str], ...]  # names and values
+    sizes: tuple[tuple[str, int], ...] = ()  # names and half_steps()
+
+    @property
+    def size_steps(self) -> tuple[int, ...]:
+        return tuple(step for _, step in self.sizes)
+
+
+def half_steps(size: int) -> int:
+    """A size on a scale of two steps to the doubling: 0 for 1, 2 for 2, 20 for 1024, 21 for about 1448."""
+    return round(2 * math.log2(max(size, 1)))
+
+
 class KernelSpec(ABC, Generic[Problem, Config]):
     """One kernel.
 
@@ -125,6 +143,14 @@ class KernelSpec(ABC, Generic[Problem, Config]):
         if not found:
             raise UnsupportedError(self.name, repr(problem), "a problem that some config can serve")
         return found[0]
+
+    def bucket(self, problem: Problem) -> Bucket:
+        """Which stored choice serves the problem: by default one of its own, by its fields or its text."""
+        if dataclasses.is_dataclass(problem) and not isinstance(problem, type):
+            return Bucket(
+                tuple((field.name, str(getattr(problem, field.name))) for field in dataclasses.fields(problem))
+            )
+        return Bucket((("problem", str(problem)),))
 
     def sample_problems(self) -> list[Problem]:
         """Problems whose configs stand for the whole space."""

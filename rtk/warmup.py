@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rtk import jit, shapes
+from rtk import driver, jit, shapes
+from rtk.autotune import choice
+from rtk.autotune.keys import USUAL_GPU, Gpu
 from rtk.cache import Cache, default_cache
 from rtk.errors import ArgumentError
 from rtk.kernels.attention_fwd import SPEC
@@ -52,12 +54,17 @@ def warmup(
         ToolchainError: there is no NVRTC; `rtk doctor` says what to install.
     """
     cache = default_cache() if out is None else Cache(out, for_everyone=True)
+    gpu = Gpu.of(0) if driver.available() else USUAL_GPU
     served: dict[jit.Source, list[AttentionProblem]] = {}
     for asked in problems:
         problem = _problem(asked)
         if problem.is_empty:  # answered without a kernel
             continue
-        source = SPEC.render(SPEC.pick(problem.without_batch() if batch_invariant else problem))
+        if batch_invariant:
+            config = SPEC.pick(problem.without_batch())
+        else:
+            config = choice.choose(SPEC, problem, gpu).config
+        source = SPEC.render(config)
         served.setdefault(source, []).append(problem)
     binaries = jit.build_many(list(served), jobs=jobs, progress=progress, cache=cache)
     return [

@@ -1,4 +1,4 @@
-"""The command line: ``rtk demo``, ``doctor``, ``warmup``, ``cache``, ``bench``, ``profile``; or ``python -m rtk.cli``.
+"""The command line: ``rtk demo``, ``doctor``, ``warmup``, ``cache``, ``autotune``, ``bench``, ``profile``.
 
 Exit codes: 0 the command did all it says, 1 it did not (the reason is printed), 2 the command line was wrong,
 130 it was interrupted.
@@ -120,6 +120,20 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
     bench.set_defaults(run=_bench, parser=bench)
 
+    autotune = commands.add_parser(
+        "autotune",
+        help="the stored choices of configurations: list, show, export, import, clear",
+        description="list: every stored choice. show --shape SHAPE: the configuration that such a call gets, and why. "
+        "export FILE, import FILE: choices carried to another machine. clear: forget them.",
+    )
+    autotune.add_argument("action", choices=["list", "show", "export", "import", "clear"], help="what to do")
+    autotune.add_argument("file", nargs="?", metavar="FILE", help="export, import: JSON")
+    autotune.add_argument("--shape", action="append", default=[], type=_shape, metavar="SHAPE", help="show: a problem")
+    autotune.add_argument("--gpu", metavar="WORD", help="export, import, clear: only of GPUs with this in their name")
+    autotune.add_argument("--limit", type=_count, default=10, metavar="N", help="show: timings to list (10)")
+    autotune.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
+    autotune.set_defaults(run=_autotune, parser=autotune)
+
     profile.add_parser(commands)
     return parser
 
@@ -195,6 +209,12 @@ def _cache(arguments: argparse.Namespace) -> int:
     from rtk.cli import cache
 
     return cache.run(arguments)
+
+
+def _autotune(arguments: argparse.Namespace) -> int:
+    from rtk.cli import autotune
+
+    return autotune.run(arguments)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rtk.arrays import View
 from rtk.problem import AttentionProblem
-from rtk.spec import SHARED_BYTES_PER_BLOCK, Binding, KernelSpec, TensorMap, TensorOperand
+from rtk.spec import SHARED_BYTES_PER_BLOCK, Binding, Bucket, KernelSpec, TensorMap, TensorOperand, half_steps
 
 _ELEMENT_BYTES = 2
 _SWIZZLE_PERIOD_BYTES = 1024  # regions of shared memory start at multiples of the widest swizzle pattern
@@ -214,6 +214,23 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         scheduler = DYNAMIC if tiles > _USUAL_SM_COUNT else STATIC
         candidates = (self._make(problem, consumers, n, 2, pingpong, scheduler) for n in range(block_n, 0, -16))
         return next(config for config in candidates if self._illegal(config) is None)
+
+    def bucket(self, problem: AttentionProblem) -> Bucket:
+        exact: dict[str, int | bool | str] = {
+            "head_dim": problem.head_dim,
+            "head_dim_v": problem.head_dim_v,
+            "dtype": problem.dtype,
+            "group": problem.heads_per_kv,
+            "mask_left": problem.window_left is not None,
+            "mask_right": problem.window_right is not None,
+            "softcap": problem.softcap > 0,
+            "prescale": problem.softcap == 0 and problem.softmax_scale < _LEAST_SCALE,
+        }
+        sizes = {"seqlen_q": problem.seqlen_q, "seqlen_k": problem.seqlen_k}
+        sizes["batch_heads"] = problem.batch * problem.num_heads_q
+        if problem.window_left is not None:  # what is visible of a row
+            sizes["window"] = min(problem.seqlen_k, problem.window_left + (problem.window_right or 0) + 1)
+        return Bucket(tuple(exact.items()), tuple((name, half_steps(size)) for name, size in sizes.items()))
 
     def sample_problems(self) -> list[AttentionProblem]:
         return _sample_problems()

@@ -1,0 +1,190 @@
+"""The configuration that a call gets: a stored choice of its bucket, else of a neighbour, else the kernel's first pick.
+
+Choices come from the store in the cache folder and, behind it, from what ships with rtk. Both are read once, when a
+process first asks; from then on an answer is a few lookups in tables. `RTK_AUTOTUNE` says what may steer it:
+
+- `cached` (the default): stored choices.
+- `off`: none; the kernel's own first pick, the same on every machine.
+- `record`: as `cached`, and every new problem is noted (`rtk.autotune.recording`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rtk.autotune import exchange, recording
+from rtk.autotune.keys import Choice, Gpu, digest
+from rtk.errors import ArgumentError
+from rtk.spec import KernelSpec
+
+Origin = Literal["stored", "shipped", "neighbour", "pick"]
+MODES = ("cached", "off", "record")
+DATA = Path(__file__).parent / "data"
+_FURTHEST = 4  # half-steps, over all sizes together, to a neighbour that is still asked
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A configuration, where it came from, and the stored choice behind it."""
+
+    config: Any
+    origin: Origin
+    choice: Choice | None = None
+
+
+@dataclass
+class _Table:
+    """The choices of one kernel on one model of GPU: {what must agree: {half-steps: (choice, shipped)}}."""
+
+    buckets: dict[tuple[Any, ...], dict[tuple[int, ...], tuple[Choice, bool]]] = field(default_factory=dict)
+
+    def add(self, choice: Choice, shipped: bool) -> None:
+        self.buckets.setdefault(choice.place.bucket.exact, {})[choice.place.bucket.size_steps] = (choice, shipped)
+
+    def nearest(self, exact: tuple[Any, ...], steps: tuple[int, ...]) -> list[tuple[int, Choice, bool]]:
+        """(distance in half-steps, choice, whether it shipped), nearest first; of one distance, the smaller size."""
+        found = self.buckets.get(exact)
+        if not found:
+            return []
+        if steps in found:
+            return [(0, *found[steps])]
+        near = []
+        for other, (choice, shipped) in found.items():
+            distance = sum(abs(a - b) for a, b in zip(steps, other, strict=False))
+            if len(other) == len(steps) and distance <= _FURTHEST:
+                near.append((distance, other, choice, shipped))
+        return [(distance, choice, shipped) for distance, _, choice, shipped in sorted(near, key=lambda x: x[:2])]
+
+
+class _State:
+    """What this process has read. Replaced as a whole, so that a reader needs no lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.tables: dict[tuple[str, str, Gpu], _Table] | None = None
+        self.frozen = False
+        self.mode: str | None = None  # of a context manager, before RTK_AUTOTUNE
+        self.readings = 0  # how often the stores were read
+
+
+_state = _State()
+
+
+def choose(spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu) -> Chosen:
+    """The configuration of a call that brings none of its own. Never times, and never asks the disk twice."""
+    mode = current_mode()
+    if mode == "record":
+        recording.note(spec, problem)
+    if mode != "off":
+        table = _tables().get((spec.name, digest_of(spec), gpu))
+        if table is not None:
+            bucket = spec.bucket(problem)
+            for distance, choice, shipped in table.nearest(bucket.exact, bucket.size_steps):
+                config = config_of(spec, problem, choice)
+                if config is not None:
+                    origin: Origin = "neighbour" if distance else "shipped" if shipped else "stored"
+                    return Chosen(config, origin, choice)
+    return Chosen(spec.pick(problem), "pick")
+
+
+def config_of(spec: KernelSpec[Any, Any], problem: Any, choice: Choice) -> Any | None:
+    """The choice's configuration for this problem; None where it cannot serve it."""
+    try:
+        config = type(spec.pick(problem))(**choice.config)
+    except TypeError:  # the fields of another version
+        return None
+    return config if spec.refusal(problem, config) is None else None
+
+
+@functools.lru_cache(maxsize=256)
+def digest_of(spec: KernelSpec[Any, Any]) -> str:
+    """digest(), once for each instance of a spec."""
+    return digest(spec)
+
+
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+
+def current_mode() -> str:
+    """Of `using`, else of RTK_AUTOTUNE, else "cached". ArgumentError for what is none."""
+    mode = _state.mode or os.environ.get("RTK_AUTOTUNE") or "cached"
+    if mode not in MODES:
+        raise ArgumentError("RTK_AUTOTUNE", mode, ", ".join(MODES))
+    return mode
+
+
+@contextlib.contextmanager
+def using(mode: str) -> Iterator[None]:
+    """Calls within get their configurations in this mode, in every thread of the process."""
+    if mode not in MODES:
+        raise ArgumentError("mode", mode, ", ".join(MODES))
+    before, _state.mode = _state.mode, mode
+    try:
+        yield
+    finally:
+        _state.mode = before
+
+
+def epoch() -> tuple[str | None, int]:
+    """What a prepared call depends on besides its problem: it is prepared anew when this is another."""
+    return _state.mode, _state.readings
+
+
+def freeze() -> None:
+    """From now on this process chooses as it would have just now: what others store does not reach it any more."""
+    _tables()
+    _state.frozen = True
+
+
+def reload() -> None:
+    """Reads the stores again, for what was put there since; not in a frozen process."""
+    if not _state.frozen:
+        _state.tables = None
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _tables() -> dict[tuple[str, str, Gpu], _Table]:
+    tables = _state.tables
+    if tables is None:
+        with _state.lock:
+            tables = _state.tables
+            if tables is None:
+                tables = _state.tables = _read()
+                _state.readings += 1
+    return tables
+
+
+def _read() -> dict[tuple[str, str, Gpu], _Table]:
+    from rtk.autotune.store import Store  # here: SQLite is loaded when it is needed
+
+    tables: dict[tuple[str, str, Gpu], _Table] = {}
+    for shipped, choices in ((True, _shipped()), (False, Store().choices())):  # what was measured here comes last
+        for choice in choices:
+            place = choice.place
+            tables.setdefault((place.kernel, place.sources, place.gpu), _Table()).add(choice, shipped)
+    return tables
+
+
+def _shipped() -> list[Choice]:
+    found: list[Choice] = []
+    for path in sorted(DATA.glob("*.json")) if DATA.is_dir() else ():
+        found += exchange.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return found
+
+
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child."""
+    _state.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

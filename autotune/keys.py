@@ -1,0 +1,116 @@
+"""A stored choice, and what it is of: a kernel as its sources are, a model of GPU, and a bucket of problems."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rtk import driver, jit
+from rtk.errors import ArgumentError
+from rtk.spec import CUDA_SOURCE, Bucket, KernelSpec
+
+Config = dict[str, int | bool]  # fields and values
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A model of GPU: what decides whether a time measured on one card holds for another."""
+
+    name: str
+    sm_count: int
+    memory_clock_khz: int
+
+    @classmethod
+    def of(cls, device: int) -> Gpu:
+        """Of a device of this machine."""
+        properties = driver.device_properties(device)
+        return cls(properties.name, properties.sm_count, properties.memory_clock_khz)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "sm_count": self.sm_count, "memory_clock_khz": self.memory_clock_khz}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Gpu:
+        """ArgumentError for what is none."""
+        try:
+            return cls(str(data["name"]), int(data["sm_count"]), int(data["memory_clock_khz"]))
+        except (TypeError, KeyError, ValueError):
+            accepted = "an object with name, sm_count and memory_clock_khz"
+            raise ArgumentError("gpu", data, accepted) from None
+
+
+# Assumed where no GPU is in sight, as when a container image is filled.
+USUAL_GPU = Gpu("NVIDIA H200", 132, 3201000)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a choice belongs."""
+
+    kernel: str
+    sources: str  # digest()
+    gpu: Gpu
+    bucket: Bucket
+
+    @classmethod
+    def of(cls, spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu) -> Place:
+        return cls(spec.name, digest(spec), gpu, spec.bucket(problem))
+
+    def columns(self) -> tuple[str, str, str, str, str]:
+        """Kernel, sources, GPU and the bucket's two parts, as text that is equal exactly when they are."""
+        bucket = (_text(dict(self.bucket.exact)), _text(dict(self.bucket.sizes)))
+        return (self.kernel, self.sources, _text(self.gpu.to_json()), *bucket)
+
+    @classmethod
+    def from_columns(cls, kernel: str, sources: str, gpu: str, exact: str, sizes: str) -> Place:
+        """The inverse. ValueError for text that is no such thing."""
+        found = (json.loads(exact), json.loads(sizes))
+        if not all(isinstance(part, dict) for part in found) or not all(type(x) is int for x in found[1].values()):
+            raise ValueError(f"{exact}, {sizes} is no bucket")
+        bucket = Bucket(tuple(found[0].items()), tuple(found[1].items()))
+        return cls(kernel, sources, Gpu.from_json(json.loads(gpu)), bucket)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One candidate's time in µs: median and quartiles over the rounds; and what it was built and run with."""
+
+    config: Config
+    us: float
+    us_q1: float
+    us_q3: float
+    rounds: int
+    driver: str = ""
+    nvrtc: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen at a place. `problem` is the one that was timed, as text; `us` its time."""
+
+    place: Place
+    config: Config
+    problem: str
+    us: float
+    driver: str = ""
+    nvrtc: str = ""
+    rtk: str = ""
+    date: str = ""
+
+
+def digest(spec: KernelSpec[Any, Any]) -> str:
+    """sha256 (hex) of the header of a kernel and of all that it includes: what was timed is only that code."""
+    folders = tuple(dict.fromkeys(str(folder) for folder in (*spec.include_dirs, CUDA_SOURCE)))
+    headers = jit.include_closure(jit.Source(spec.name, f"#include <{spec.header}>\n", folders))
+    sha = hashlib.sha256()
+    for name in sorted(headers):
+        text = headers[name].encode(errors="surrogateescape")
+        sha.update(f"{name}\0{len(text)}\0".encode() + text)
+    return sha.hexdigest()
+
+
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))
