@@ -41,9 +41,8 @@ def test_a_call_of_ours(ncu, tmp_path, capsys):
 
 
 def test_a_pinned_configuration_and_a_peer(ncu, capsys):
-    assert (
-        main(["profile", "--shape", SHAPE, "--config", "BLOCK_M=64,NUM_CONSUMER_WARPGROUPS=1", "--kernel", "m64"]) == 0
-    )
+    pins = "BLOCK_M=64,NUM_CONSUMER_WARPGROUPS=1"
+    assert main(["profile", "--shape", SHAPE, "--config", pins, "--kernel", "m64"]) == 0
     assert "BLOCK_M=64" in capsys.readouterr().out
     assert main(["profile", "--shape", SHAPE, "--impl", "fa2"]) == 0
     out = capsys.readouterr().out
