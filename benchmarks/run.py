@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from rtk import digest, driver, toolchain
 from rtk.autotune import choice
-from rtk.benchmarks import ceilings, floors, measure, peers, records
+from rtk.benchmarks import ceilings, floors, measure, peers, records, schema
 from rtk.benchmarks.suites import Cell, Suite
 from rtk.benchmarks.telemetry import Telemetry
 from rtk.errors import ToolchainError
@@ -232,7 +232,7 @@ def _meta(
     tools = {"torch": torch.__version__, "nvrtc": toolchain.nvrtc().build, "python": platform.python_version()}
     wheels = toolchain.cupy_wheels()
     return {
-        "schema": records.SCHEMA,
+        "schema": schema.SCHEMA,
         "suite": suite.name,
         "title": suite.title,
         "gpu": properties.name,
