@@ -2,10 +2,10 @@
 
 A round times every candidate once, so that clock and power drift hit all alike, and the rounds of a cell are paired.
 Each round has an order of its own: who always came after a slow candidate, in which the card cools and raises its
-clock, would seem faster (by up to 6% on an H200). Where all of them can be captured, a turn is one replay of a CUDA
-graph of some calls; otherwise all of them are called eagerly, behind a wait on the GPU that hides the CPU's part. A
-turn lasts milliseconds, so that events are precise. A candidate is a list of calls on different inputs, taken in turn,
-so that none finds its own in the cache.
+clock, would seem faster: cuDNN, timed under two names in a fixed order, once differed from itself by 6%. Where all of
+them can be captured, a turn is one replay of a CUDA graph of some calls; otherwise all of them are called eagerly,
+behind a wait on the GPU that hides the CPU's part. A turn lasts milliseconds, so that events are precise. A candidate
+is a list of calls on different inputs, taken in turn, so that none finds its own in the cache.
 """
 
 from __future__ import annotations
