@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Bench:
     l2_bytes: int
     seed: int = 0
     take: Callable[[], dict[str, float]] = dict  # what telemetry saw since the last time
-    ready: dict[str, list[Prepared]] = field(default_factory=dict)
 
 
 Records = Iterator[dict[str, Any]]
@@ -178,7 +177,6 @@ def _sets(size: int, l2_bytes: int, most: int) -> int:
 def _timed(
     cell: Cell, found: dict[str, dict[str, Any]], ready: Mapping[str, Sequence[Prepared]], bench: Bench
 ) -> Records:
-
     operation = operations.known()[cell.op]
     calls = {name: [each.entered() for each in made] for name, made in ready.items()}
     measured: dict[str, timing.Timing] = {}

@@ -88,7 +88,8 @@ def run(
     count = _count_done(suite, done)
     outcome = Outcome(path, count, len(suite.cells), meta, finished)
     if outcome.whole and suite.name == OWN:
-        finished = outcome.records = records.merge(_of_the_same(path, meta), finished)
+        earlier = _earlier(path, meta)
+        finished = outcome.records = records.merge(earlier.records if earlier else [], finished)
     records.write(path if outcome.whole else kept, meta, finished)
     if outcome.whole:
         kept.unlink(missing_ok=True)
@@ -102,7 +103,7 @@ def _ahead(suite: Suite, found: dict[str, peers.Peer], done: Iterable[dict[str, 
     known = {records.cell_key(record) for record in done}
     todo: dict[str, dict[Any, None]] = {}
     for cell in suite.cells:
-        if records.cell_key(measure.describe(cell, suite.name)) not in known:
+        if _key(suite, cell) not in known:
             todo.setdefault(cell.op, {}).setdefault(cell.problem)
     end = time.monotonic() + seconds
     for op, problems in todo.items():
@@ -137,7 +138,7 @@ def _cells(
     longest = _LEAST_S
     earlier_s = meta["duration_s"]
     for number, cell in enumerate(suite.cells, 1):
-        if records.cell_key(measure.describe(cell, suite.name)) in known:
+        if _key(suite, cell) in known:
             continue
         start = time.monotonic()
         if deadline is not None and start + longest > deadline:
@@ -164,37 +165,33 @@ def _measured(suite: Suite, cell: Cell, bench: measure.Bench) -> list[dict[str, 
 
 def _count_done(suite: Suite, done: Iterable[dict[str, Any]]) -> int:
     known = {records.cell_key(record) for record in done}
-    return sum(records.cell_key(measure.describe(cell, suite.name)) in known for cell in suite.cells)
+    return sum(_key(suite, cell) in known for cell in suite.cells)
 
 
 def _take_over(kept: Path, meta: dict[str, Any], suite: Suite) -> list[dict[str, Any]]:
     """What an earlier piece of this very run measured of this suite; `meta` goes on with its counts."""
-    try:
-        earlier = records.read(kept)
-    except Exception:  # none, or one that cannot be read: a run from the start
-        return []
-    if not _same(earlier.meta, meta):
+    earlier = _earlier(kept, meta)
+    if earlier is None:
         return []
     meta["pieces"] = earlier.meta["pieces"] + 1
     meta["duration_s"] = earlier.meta["duration_s"]
     meta["ceilings_measured"] = list(earlier.meta["ceilings_measured"])
-    cells = {records.cell_key(measure.describe(cell, suite.name)) for cell in suite.cells}
-    return [record for record in earlier.records if records.cell_key(record) in cells]
+    keys = {_key(suite, cell) for cell in suite.cells}
+    return [record for record in earlier.records if records.cell_key(record) in keys]
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs are of the same things, so that their cells can stand in one file."""
-    names = ("uuid", "versions", "sources", "harness", "rounds", "absent", "mode")
-    return all(one.get(name) == other.get(name) for name in names)
-
-
-def _of_the_same(path: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the results file there holds of earlier runs like this one."""
+def _earlier(path: Path, meta: dict[str, Any]) -> records.Run | None:
+    """What stands in a results file, where it is of the same things as this run, so that their cells can be joined."""
     try:
         earlier = records.read(path)
-    except Exception:  # none
-        return []
-    return earlier.records if _same(earlier.meta, meta) else []
+    except Exception:  # none, or one that cannot be read
+        return None
+    names = ("uuid", "versions", "sources", "harness", "rounds", "absent", "mode")
+    return earlier if all(earlier.meta.get(name) == meta.get(name) for name in names) else None
+
+
+def _key(suite: Suite, cell: Cell) -> records.Cell:
+    return records.cell_key(measure.describe(cell, suite.name))
 
 
 def _with_shares(record: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
