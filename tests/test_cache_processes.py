@@ -8,25 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
+from compilers import needs_nvrtc
 from test_cache import CUBIN, KEY, META, OTHER
 
-from rtk import toolchain
 from rtk.cache import Cache
-from rtk.errors import ToolchainError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def has_nvrtc() -> bool:
-    try:
-        toolchain.nvrtc()
-    except ToolchainError:
-        return False
-    return True
-
-
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="no NVRTC is installed")
 
 
 CHURN = """

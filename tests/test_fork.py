@@ -8,23 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from rtk import toolchain
-from rtk.errors import ToolchainError
+from compilers import needs_nvrtc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-
-def has_nvrtc() -> bool:
-    try:
-        toolchain.nvrtc()
-    except ToolchainError:
-        return False
-    return True
-
-
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="no NVRTC is installed")
 
 # A process of its own for each test, so that the forks are of something small and known.
 TOOLS = """

@@ -11,23 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from compilers import needs_nvrtc
 
-from rtk import entries, toolchain
+from rtk import entries
 from rtk.cache import Cache
-from rtk.errors import ToolchainError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def has_nvrtc() -> bool:
-    try:
-        toolchain.nvrtc()
-    except ToolchainError:
-        return False
-    return True
-
-
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="no NVRTC is installed")
 
 
 def nothing_left_behind(folder: Path) -> None:
