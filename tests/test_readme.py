@@ -23,13 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
 SUITES = (
-    *("paper", "small", "long", "gqa", "ragged", "overhead", "accuracy"),
-    pytest.param(
-        "paper-fp16",
-        marks=pytest.mark.xfail(
-            strict=True, reason="22 of 36 cells were measured before the run was cut, and none are kept"
-        ),
-    ),
+    *("paper", "paper-fp16", "small", "long", "gqa", "ragged", "overhead", "accuracy"),
     pytest.param(
         "coldstart", marks=pytest.mark.xfail(strict=True, reason="torch's own backends are to be timed again")
     ),

@@ -34,7 +34,7 @@ def render(runs: Iterable[Run], plots: Sequence[tuple[str, str]] = ()) -> str:
             parts += [f"### {sheet.title}", table(sheet), sheet.note]
             parts.append("\n".join(f"- {_text(warning)}" for warning in sheet.warnings))
         if meta.get("method"):
-            parts.append(f"Method: {meta['method']}.")
+            parts.append(f"Method: {meta['method']}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
