@@ -167,7 +167,7 @@ def _tables() -> dict[tuple[str, str, Gpu], _Table]:
 
 
 def _read() -> dict[tuple[str, str, Gpu], _Table]:
-    from rtk.autotune.store import Store  # here: SQLite is loaded when it is needed
+    from rtk.autotune.store import Store
 
     tables: dict[tuple[str, str, Gpu], _Table] = {}
     for shipped, choices in ((True, _shipped()), (False, Store().choices())):  # what was measured here comes last

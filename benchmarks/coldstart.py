@@ -1,8 +1,9 @@
 """What one implementation costs a process that has done nothing yet.
 
 Measured are import_ms, then first_call_ms and second_call_ms on a GPU whose context is there, from inputs ready to
-result ready. Of rtk also build_ms, the part of the first call until a cubin is in memory (choosing NVRTC, keying, and
-compiling or reading the disk cache), and what the compiler had to complain about. torch and the CUDA context are
+result ready. Of rtk also two parts of the first call: choose_ms, until it is known which configuration serves (the
+stores of choices are read), and build_ms, from there until its cubin is in memory (choosing NVRTC, keying, and compiling
+or reading the disk cache); and what the compiler had to complain about. torch and the CUDA context are
 started before: they are no part of what an implementation costs.
 """
 
@@ -80,16 +81,19 @@ def in_this_process(op: str, impl: str, line: str, import_s: float) -> None:
 
 
 def _build(problem: Any) -> tuple[float, dict[str, Any]]:
-    """(seconds, what a record says of it): the part of rtk's first call until a cubin is in memory."""
+    """(seconds, what a record says of them): the parts of rtk's first call until a cubin is in memory."""
     from rtk import jit
     from rtk.autotune import choice
     from rtk.autotune.keys import Gpu
     from rtk.kernels.attention_fwd import SPEC
 
     start = time.perf_counter()
-    binary = jit.build(SPEC.render(choice.choose(SPEC, problem, Gpu.of(0)).config))
-    seconds = time.perf_counter() - start
-    return seconds, {"build_ms": _ms(seconds), "problems": binary.report.problems()}
+    config = choice.choose(SPEC, problem, Gpu.of(0)).config
+    chosen = time.perf_counter()
+    binary = jit.build(SPEC.render(config))
+    built = time.perf_counter()
+    parts = {"choose_ms": _ms(chosen - start), "build_ms": _ms(built - chosen), "problems": binary.report.problems()}
+    return built - start, parts
 
 
 def _ms(seconds: float) -> float:
