@@ -27,7 +27,7 @@ from rtk.kernels.attention_fwd import SPEC
 from rtk.spec import CUDA_SOURCE
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL_WITHIN_S = 240.0  # on two cores, both compilers together
+ALL_WITHIN_S = 240.0  # of one core, both compilers together
 ONE_WITHIN_S = 1.5
 MOST_CONFIGS = 300  # of a head_dim, dtype and mask: what a tuner can go through
 
@@ -68,8 +68,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Compil
                 patch.setenv("RTK_NVRTC", nvrtc_of(major))
                 cache = Cache(tmp_path_factory.mktemp("cubins"))
                 sources = {label: spec.render(config) for label, (spec, config) in SAMPLES[major].items()}
-                start = time.perf_counter()
-                made[major] = Compiled(outcomes_of(sources, cache), time.perf_counter() - start)
+                # Of the CPU: the clock would also measure what other tests do on these cores meanwhile.
+                start = time.process_time()
+                made[major] = Compiled(outcomes_of(sources, cache), time.process_time() - start)
         return made[major]
 
     return compile_all
