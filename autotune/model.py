@@ -3,8 +3,8 @@
 A kernel says what its configs make of a problem (`KernelSpec.work`), as arrays with an element per config: `tiles` of
 `steps` steps each, `longest` at most; of each step `mma_flop`, `exponentials`, `simple_ops` on the fp32 pipes and
 `l2_bytes`; of each tile `tile_bytes`; `overlap`, the share of a step's softmax that runs under its products; `stages`;
-whether tiles are handed out as blocks get free (`dynamic`). The machine says how fast each of its units is. A step takes
-as long as its slowest unit, a tile its steps and a prologue and an epilogue, an SM its tiles.
+whether tiles are handed out as blocks get free (`dynamic`). The machine says how fast each of its units is. A step
+takes as long as its slowest unit, a tile its steps and a prologue and an epilogue, an SM its tiles.
 """
 
 from __future__ import annotations

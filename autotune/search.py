@@ -1,4 +1,4 @@
-"""Tuning: the model's best candidates compiled in parallel, timed by successive halving, the winner checked and stored."""
+"""Tuning: the model's best candidates, compiled in parallel, timed by successive halving; the winner checked and kept."""
 
 from __future__ import annotations
 

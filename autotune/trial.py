@@ -1,7 +1,7 @@
 """Candidates made ready to be timed on one problem: inputs in device memory, a plan and a CUDA graph for each.
 
-Inputs are N(0, 1), since a card draws less power on zeros and clocks higher, and there are as many sets of them as twice
-the level-2 cache holds, taken in turn. A turn of a candidate is a replay of a graph of some calls.
+Inputs are N(0, 1), since a card draws less power on zeros and clocks higher, and there are as many sets of them as
+twice the level-2 cache holds, taken in turn. A turn of a candidate is a replay of a graph of some calls.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Trial:
                 self._device.upload(addresses[name], b"\xff" * (math.prod(operand.shape) * itemsize(operand.dtype)))
         self._call(config, addresses)()
         self._device.synchronize()
-        arrays, results = {}, {}
+        arrays: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for name, operand in self._operands.items():
             (results if operand.written else arrays)[name] = self._reader(name, operand, addresses[name])
         return self._spec.verify(self._problem, arrays, results)

@@ -11,7 +11,7 @@ from rtk.autotune import halving
 
 
 class Card:
-    """Times with what a real card adds: noise of each turn, a drift that hits all of a round, an outlier now and then."""
+    """Times with what a real card adds: noise of each turn, a drift that hits all of a round, rare outliers."""
 
     def __init__(self, true_us, seed, noise=0.01):
         self.true_us, self.noise, self.turns = true_us, noise, 0
