@@ -1,4 +1,4 @@
-"""Tuning: the model's best candidates, compiled in parallel, timed by successive halving; the winner checked and kept."""
+"""Tuning: the model's best candidates, compiled in parallel, timed by successive halving; the winner is checked."""
 
 from __future__ import annotations
 

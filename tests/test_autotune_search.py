@@ -6,6 +6,7 @@ Kernels are compiled for real. That what is timed on a GPU is the time, test_aut
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from rtk import driver, shapes, toolchain
 from rtk.autotune import choice, search
 from rtk.autotune.keys import Gpu, Place
 from rtk.autotune.store import Store
+from rtk.cli import main
 from rtk.errors import DriverError, RtkError
 from rtk.kernels.attention_fwd import AttentionFwd
 
@@ -135,3 +137,61 @@ def test_ctrl_c_gives_everything_back_and_stores_nothing(card, spec, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         search.tune(spec, PROBLEM, 0, candidates=6)
     assert Store().choices() == []
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def command(capsys, *arguments):
+    try:
+        code = main(["autotune", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def trusting(monkeypatch):
+    """The command's own spec takes what a pretended kernel leaves."""
+    monkeypatch.setattr(AttentionFwd, "verify", lambda self, problem, arrays, results: "")
+
+
+def test_run_list_explain_verify(card, trusting, capsys):
+    card(n176=40, n144=44)
+    code, out, err = command(capsys, "run", "--shape", LINE, "--shape", f"{LINE},causal")
+    assert code == 0, err
+    assert "2 choices stored, 0 known before" in out and "[2/2" in err
+    code, out, _ = command(capsys, "run", "--shape", LINE, "--json")
+    assert code == 0 and json.loads(out)["known"] == 1 and json.loads(out)["tuned"] == []
+    code, out, _ = command(capsys, "run", "--shape", LINE, "--again", "--json")
+    assert json.loads(out)["tuned"][0]["config"]["BLOCK_N"] == 176
+    assert "BLOCK_N=176" in command(capsys, "list")[1]
+    code, out, _ = command(capsys, "explain", "--shape", LINE, "--limit", "5")
+    assert code == 0 and "estimate" in out and "configs were timed" in out
+    explained = json.loads(command(capsys, "explain", "--shape", LINE, "--json")[1])
+    assert explained["origin"] == "stored" and explained["configs"][0]["us"] == pytest.approx(40, rel=0.02)
+    assert any(config["us"] is None and config["estimate_us"] > 0 for config in explained["configs"])
+    code, out, _ = command(capsys, "verify")
+    assert code == 0 and "2 choices, 0 of them slower" in out
+    card(n176=90)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("rtk.launch._loaded", {})
+    code, out, _ = command(capsys, "verify", "--json")
+    monkey.undo()
+    assert code == 1 and json.loads(out)["slower"] >= 1
+
+
+def test_a_run_that_ends_goes_on(card, trusting, capsys):
+    shapes_of = ["--shape", LINE, "--shape", f"{LINE},causal"]
+    code, out, err = command(capsys, "run", *shapes_of, "--minutes", "1e-9", "--json")
+    assert code == 1 and len(json.loads(out)["left"]) == 2 and "goes on" in err
+    code, out, _ = command(capsys, "run", *shapes_of, "--json")
+    assert code == 0 and len(json.loads(out)["tuned"]) == 2
+
+
+def test_shapes_that_a_program_used_are_tuned(card, trusting, capsys, monkeypatch):
+    monkeypatch.setenv("RTK_AUTOTUNE", "record")
+    choice.choose(AttentionFwd(), PROBLEM, Gpu.of(0))
+    monkeypatch.delenv("RTK_AUTOTUNE")
+    code, out, _ = command(capsys, "run", "--recorded", "--json")
+    assert code == 0 and [shapes.parse(t["shape"]) for t in json.loads(out)["tuned"]] == [PROBLEM]
