@@ -5,7 +5,7 @@ process first asks; from then on an answer is a few lookups in tables. `RTK_AUTO
 
 - `cached` (the default): stored choices.
 - `off`: none; the kernel's own first pick, the same on every machine.
-- `record`: as `cached`, and every new problem is noted (`rtk.autotune.recording`).
+- `record`: as `cached`, and every new problem of a call is noted (`rtk.autotune.recording`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rtk.autotune import exchange, recording
+from rtk.autotune import exchange
 from rtk.autotune.keys import Choice, Gpu, digest
 from rtk.errors import ArgumentError
-from rtk.spec import KernelSpec
+from rtk.spec import KernelSpec, config_fields
 
 Origin = Literal["stored", "shipped", "neighbour", "pick"]
 MODES = ("cached", "off", "record")
@@ -72,23 +72,24 @@ class _State:
         self.tables: dict[tuple[str, str, Gpu], _Table] | None = None
         self.frozen = False
         self.mode: str | None = None  # of a context manager, before RTK_AUTOTUNE
-        self.readings = 0  # how often the stores were read
+        self.readings = 0  # how often they are to be read again
 
 
 _state = _State()
 
 
-def choose(spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu) -> Chosen:
-    """The configuration of a call that brings none of its own. Never times, and never asks the disk twice."""
+def choose(spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, *, stored: bool = True) -> Chosen:
+    """The configuration of a call that brings none of its own. Never times, and never asks the disk twice.
+
+    stored: False for what another machine would choose, which has only what ships.
+    """
     mode = current_mode()
-    if mode == "record":
-        recording.note(spec, problem)
     if mode != "off":
         table = _tables().get((spec.name, digest_of(spec), gpu))
         if table is not None:
             bucket = spec.bucket(problem)
             for distance, choice, shipped in table.nearest(bucket.exact, bucket.size_steps):
-                config = config_of(spec, problem, choice)
+                config = config_of(spec, problem, choice) if stored or shipped else None
                 if config is not None:
                     origin: Origin = "neighbour" if distance else "shipped" if shipped else "stored"
                     return Chosen(config, origin, choice)
@@ -99,7 +100,8 @@ def config_of(spec: KernelSpec[Any, Any], problem: Any, choice: Choice) -> Any |
     """The choice's configuration for this problem; None where it cannot serve it."""
     try:
         config = type(spec.pick(problem))(**choice.config)
-    except TypeError:  # the fields of another version
+        config_fields(config)
+    except (TypeError, ArgumentError):  # the fields of another version, or a 1 for True, which is another constant
         return None
     return config if spec.refusal(problem, config) is None else None
 
@@ -148,6 +150,7 @@ def reload() -> None:
     """Reads the stores again, for what was put there since; not in a frozen process."""
     if not _state.frozen:
         _state.tables = None
+        _state.readings += 1
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -160,7 +163,6 @@ def _tables() -> dict[tuple[str, str, Gpu], _Table]:
             tables = _state.tables
             if tables is None:
                 tables = _state.tables = _read()
-                _state.readings += 1
     return tables
 
 

@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rtk.autotune.keys import Choice, Gpu, Place
+from rtk.autotune.keys import Choice, Gpu, Place, bucket_of, config_of_json, time_of_json
 from rtk.errors import ArgumentError
-from rtk.spec import Bucket
 
 SCHEMA = 1
 _WORDS = ("problem", "driver", "nvrtc", "rtk", "date")
@@ -47,7 +46,7 @@ def parse(contents: Any, where: str) -> list[Choice]:
     for number, row in enumerate(contents["choices"], 1):
         try:
             found.append(_choice(row))
-        except (KeyError, TypeError, ValueError, ArgumentError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ArgumentError) as error:
             received = f"choice {number}, which is none: {type(error).__name__}: {error}"
             raise ArgumentError(where, received, _ACCEPTED) from None
     return found
@@ -68,12 +67,9 @@ def row(choice: Choice) -> dict[str, Any]:
 
 
 def _choice(row: Any) -> Choice:
-    sizes = {str(name): step for name, step in row["sizes"].items()}
-    config = {str(name): value for name, value in row["config"].items()}
-    if not all(type(step) is int for step in sizes.values()):
-        raise ValueError("a size that is no number of half-steps")
-    if not config or not all(isinstance(value, (int, bool)) for value in config.values()):
-        raise ValueError("a config of other things than ints and bools")
-    bucket = Bucket(tuple(row["exact"].items()), tuple(sizes.items()))
-    place = Place(str(row["kernel"]), str(row["sources"]), Gpu.from_json(row["gpu"]), bucket)
-    return Choice(place, config, us=float(row["us"]), **{name: str(row.get(name, "")) for name in _WORDS})
+    place = Place(
+        str(row["kernel"]), str(row["sources"]), Gpu.from_json(row["gpu"]), bucket_of(row["exact"], row["sizes"])
+    )
+    words = {name: str(row.get(name, "")) for name in _WORDS}
+    json.dumps([place.columns(), words], ensure_ascii=False).encode()  # a ValueError for half a character
+    return Choice(place, config_of_json(row["config"]), us=time_of_json(row["us"]), **words)

@@ -66,11 +66,7 @@ class Place:
     @classmethod
     def from_columns(cls, kernel: str, sources: str, gpu: str, exact: str, sizes: str) -> Place:
         """The inverse. ValueError for text that is no such thing."""
-        found = (json.loads(exact), json.loads(sizes))
-        if not all(isinstance(part, dict) for part in found) or not all(type(x) is int for x in found[1].values()):
-            raise ValueError(f"{exact}, {sizes} is no bucket")
-        bucket = Bucket(tuple(found[0].items()), tuple(found[1].items()))
-        return cls(kernel, sources, Gpu.from_json(json.loads(gpu)), bucket)
+        return cls(kernel, sources, Gpu.from_json(json.loads(gpu)), bucket_of(json.loads(exact), json.loads(sizes)))
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,30 @@ class Choice:
     nvrtc: str = ""
     rtk: str = ""
     date: str = ""
+
+
+def bucket_of(exact: Any, sizes: Any) -> Bucket:
+    """The bucket of two JSON objects. ValueError for what is none."""
+    if not isinstance(exact, dict) or not all(isinstance(x, (str, int, float, bool)) for x in exact.values()):
+        raise ValueError(f"{exact!r} is no object of texts and numbers")
+    if not isinstance(sizes, dict) or not all(type(x) is int for x in sizes.values()):
+        raise ValueError(f"{sizes!r} is no object of half-steps")
+    return Bucket(tuple(exact.items()), tuple(sizes.items()))
+
+
+def config_of_json(value: Any) -> Config:
+    """ValueError for what is no config."""
+    if not isinstance(value, dict) or not value or not all(isinstance(x, (int, bool)) for x in value.values()):
+        raise ValueError(f"{value!r} is no object of ints and bools")
+    return value
+
+
+def time_of_json(value: Any) -> float:
+    """ValueError for what is no time."""
+    us = float(value)
+    if not 0 < us < float("inf"):
+        raise ValueError(f"{value!r} is no time")
+    return us
 
 
 def digest(spec: KernelSpec[Any, Any]) -> str:

@@ -1,7 +1,7 @@
 """The problems that a program really asks for, noted as it runs: for tuning, warming up or benchmarking them later.
 
-With `RTK_AUTOTUNE=record` every process appends what is new to it to a file in the cache folder; `record_shapes`
-collects what calls within it ask for, for a file that `rtk warmup` and `rtk bench --file` take.
+With `RTK_AUTOTUNE=record` every process appends what is new to it to `recorded_shapes.txt` in the cache folder;
+`record_shapes` collects what calls within it ask for. `rtk warmup` and `rtk bench --file` take the files of both.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rtk import shapes
 from rtk.cache import default_cache
 from rtk.errors import CacheWarning
 from rtk.problem import AttentionProblem
-from rtk.spec import KernelSpec
 
 NAME = "recorded_shapes.txt"
 
@@ -77,10 +75,8 @@ def seen(problem: AttentionProblem) -> None:
                 recording._add(line)
 
 
-def note(spec: KernelSpec[Any, Any], problem: Any) -> None:
+def note(problem: AttentionProblem) -> None:
     """Append a problem to the file of this cache folder, once a process. A folder that refuses is one warning."""
-    if not isinstance(problem, AttentionProblem):
-        return
     path, line = default_cache().path / NAME, shapes.describe(problem)
     if (str(path), line) in _noted:
         return
@@ -91,15 +87,6 @@ def note(spec: KernelSpec[Any, Any], problem: Any) -> None:
             file.write(f"{line}\n".encode())  # one write: lines of several processes do not mix
     except OSError as error:
         warnings.warn(f"the problems of this process cannot be noted in {path}: {error}", CacheWarning, stacklevel=2)
-
-
-def noted() -> list[str]:
-    """The problems in the file of this cache folder, each once."""
-    try:
-        text = (default_cache().path / NAME).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return list(dict.fromkeys(line for line in text.splitlines() if line.strip()))
 
 
 def _after_fork() -> None:

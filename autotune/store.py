@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rtk import entries
-from rtk.autotune.keys import Choice, Config, Place, Timed
+from rtk.autotune.keys import Choice, Config, Place, Timed, config_of_json, time_of_json
 from rtk.cache import default_cache
-from rtk.errors import CacheWarning
+from rtk.errors import ArgumentError, CacheWarning
 
 NAME = "autotune.sqlite3"
 FOLDER = "autotune"  # of entries, where there is no SQLite
@@ -31,6 +31,8 @@ _BUSY_S = 60.0  # how long a process waits for the others
 _RETRY_S = 0.01
 # File systems of several machines: SQLite's write-ahead log needs memory that they do not share.
 _SHARED_FILE_SYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "fuse", "glusterfs")
+
+_NO_ROW = (ValueError, TypeError, KeyError, AttributeError, OverflowError, ArgumentError)  # of what is no choice
 
 Result = TypeVar("Result")
 
@@ -104,7 +106,7 @@ class Store:
             except DamagedError as damage:
                 self._set_aside(path, damage)
                 return work(_Sqlite(path))
-        except (OSError, sqlite3.Error, DamagedError) as error:
+        except (OSError, sqlite3.Error, DamagedError, UnicodeError) as error:
             self._warn(f"cannot be used: {error}")
         return otherwise
 
@@ -185,14 +187,14 @@ class _Sqlite:
         with self._connected() as connection:
             rows = connection.execute(f"SELECT {', '.join((*_KEY, *_CHOICE))} FROM choices").fetchall()
         for row in rows:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(*_NO_ROW):
                 yield _choice(row[: len(_KEY)], dict(zip(_CHOICE, row[len(_KEY) :], strict=True)))
 
     def timings(self, place: Place) -> list[Timed]:
         where = " AND ".join(f"{name} = ?" for name in _KEY)
         with self._connected() as connection:
             rows = connection.execute(f"SELECT {', '.join(_TIMING)} FROM timings WHERE {where}", place.columns())
-            return [_timed(dict(zip(_TIMING, row, strict=True))) for row in rows.fetchall()]
+            return _readable(dict(zip(_TIMING, row, strict=True)) for row in rows.fetchall())
 
     def remove(self, place: Place) -> None:
         where = " AND ".join(f"{name} = ?" for name in _KEY)
@@ -282,12 +284,12 @@ class _Files:
         for path in sorted(self._folder.glob("*.json")):
             found = self._read(path)
             if found is not None:
-                with contextlib.suppress(ValueError, TypeError, KeyError):
+                with contextlib.suppress(*_NO_ROW):
                     yield _choice(found["place"], found)
 
     def timings(self, place: Place) -> list[Timed]:
         found = self._read(self._path(place)) or {}
-        return [_timed(timed) for timed in found.get("timings", [])]
+        return _readable(found.get("timings", []))
 
     def remove(self, place: Place) -> None:
         self._path(place).unlink(missing_ok=True)
@@ -312,20 +314,26 @@ class _Files:
 def _choice(columns: Sequence[Any], values: Mapping[str, Any]) -> Choice:
     """Raises ValueError, TypeError or KeyError for what is none."""
     words = {name: str(values[name]) for name in ("problem", "driver", "nvrtc", "rtk", "date")}
-    return Choice(Place.from_columns(*columns), _config(values["config"]), us=float(values["us"]), **words)
+    return Choice(Place.from_columns(*columns), _config(values["config"]), us=time_of_json(values["us"]), **words)
+
+
+def _readable(rows: Iterable[Mapping[str, Any]]) -> list[Timed]:
+    """The timings among these rows; what is none is left out."""
+    found = []
+    for row in rows:
+        with contextlib.suppress(*_NO_ROW):
+            found.append(_timed(row))
+    return found
 
 
 def _timed(values: Mapping[str, Any]) -> Timed:
-    us, us_q1, us_q3 = (float(values[name]) for name in ("us", "us_q1", "us_q3"))
+    us, us_q1, us_q3 = (time_of_json(values[name]) for name in ("us", "us_q1", "us_q3"))
     words = {name: str(values[name]) for name in ("driver", "nvrtc", "date")}
     return Timed(_config(values["config"]), us, us_q1, us_q3, int(values["rounds"]), **words)
 
 
 def _config(value: Any) -> Config:
-    found = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(found, dict) or not all(isinstance(x, (int, bool)) for x in found.values()):
-        raise ValueError(f"{found!r} is no config")
-    return found
+    return config_of_json(json.loads(value) if isinstance(value, str) else value)
 
 
 def _text(config: Config) -> str:

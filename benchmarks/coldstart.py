@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rtk import shapes
-from rtk.benchmarks import measure, operations, peers
+from rtk.benchmarks import operations, peers
 
 _TIMEOUT_S = 300
 
@@ -26,11 +25,12 @@ class Failed(Exception):
     """The process ended with an error; the text is its last line."""
 
 
-def in_new_process(impl: str, problem: Any, caches: Path) -> dict[str, Any]:
+def in_new_process(op: str, impl: str, problem: Any, caches: Path) -> dict[str, Any]:
     """What a new process measured, with its caches in this folder. Raises Failed."""
     code = _START.format(imports=peers.known()[impl].imports or "pass")
-    command = [sys.executable, "-c", code, impl, shapes.describe(problem)]
-    environment = {**measure.own_environment(caches), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    operation = operations.known()[op]
+    command = [sys.executable, "-c", code, op, impl, operation.line(problem)]
+    environment = {**_own_caches(caches), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -49,25 +49,26 @@ start = time.perf_counter()
 {imports}
 seconds = time.perf_counter() - start
 from rtk.benchmarks import coldstart
-coldstart.in_this_process(sys.argv[1], sys.argv[2], seconds)
+coldstart.in_this_process(*sys.argv[1:4], seconds)
 """
 
 
-def in_this_process(impl: str, shape: str, import_s: float) -> None:
+def in_this_process(op: str, impl: str, line: str, import_s: float) -> None:
     """Prints what the process that calls this has measured."""
     import torch
 
-    problem = shapes.parse(shape)
-    tensors = operations.known()["attention_fwd"].inputs(problem, None, 0)
+    operation = operations.known()[op]
+    problem = operation.parse(line)
+    tensors = operation.inputs(problem, None, 0)
     torch.cuda.synchronize()
     peer = peers.known()[impl]
     start = time.perf_counter()
     peer.load()
     loaded = time.perf_counter()
     result: dict[str, Any] = {"import_ms": _ms(import_s + loaded - start)}
-    build_s, built = _build(problem) if impl == "rtk" else (0.0, {})
+    build_s, built = _build(problem) if (op, impl) == ("attention_fwd", "rtk") else (0.0, {})
     start = time.perf_counter()
-    made = peer.prepare("attention_fwd", problem, tensors)
+    made = peer.prepare(op, problem, tensors)
     with made.context():
         made.call()
         torch.cuda.synchronize()
@@ -81,13 +82,24 @@ def in_this_process(impl: str, shape: str, import_s: float) -> None:
 def _build(problem: Any) -> tuple[float, dict[str, Any]]:
     """(seconds, what a record says of it): the part of rtk's first call until a cubin is in memory."""
     from rtk import jit
+    from rtk.autotune import choice
+    from rtk.autotune.keys import Gpu
     from rtk.kernels.attention_fwd import SPEC
 
     start = time.perf_counter()
-    binary = jit.build(SPEC.render(SPEC.pick(problem)))
+    binary = jit.build(SPEC.render(choice.choose(SPEC, problem, Gpu.of(0)).config))
     seconds = time.perf_counter() - start
     return seconds, {"build_ms": _ms(seconds), "problems": binary.report.problems()}
 
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
+
+
+def _own_caches(folder: Path) -> dict[str, str]:
+    """This process's environment, with the caches of every implementation in a folder."""
+    names = (
+        *("RTK_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME"),
+        *("FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"),
+    )
+    return {**os.environ, **{name: str(folder / name.lower()) for name in names}}

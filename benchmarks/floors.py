@@ -33,18 +33,20 @@ _FORWARD = "attention_fwd"
 _NEEDED = ("batch", "heads_q", "seqlen_q", "seqlen_k", "head_dim")
 
 
-def visible_scores(seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any = None) -> int:
+def visible_scores(
+    seqlen_q: int, seqlen_k: int, causal: bool = False, window: Any = None, align: str | None = None
+) -> int:
     """How many (query, key) pairs one head computes: exact, with the diagonal at the bottom right as in FlashAttention.
 
-    Query i stands at key i + seqlen_k - seqlen_q. window: None, or (left, right), keys seen on each side of it, None or
-    -1 where unbounded; causal bounds the right side by 0.
+    Query i stands at key i + seqlen_k - seqlen_q; where align is "top-left", at key i. window: None, or (left, right),
+    keys seen on each side of it, None or -1 where unbounded; causal bounds the right side by 0.
     """
     left, right = window or (None, None)
     left = None if left is None or left < 0 else left
     right = None if right is None or right < 0 else right
     if causal:
         right = 0
-    diagonal = seqlen_k - seqlen_q
+    diagonal = 0 if align == "top-left" else seqlen_k - seqlen_q
     upto = seqlen_q * seqlen_k if right is None else _clipped_sum(diagonal + right + 1, seqlen_q, seqlen_k)
     before = 0 if left is None else _clipped_sum(diagonal - left, seqlen_q, seqlen_k)
     return upto - before
@@ -68,7 +70,7 @@ def flop(record: Mapping[str, Any]) -> float:
     """
     pairs = float(record["seqlen_q"] * record["seqlen_k"])
     if record.get("window"):
-        pairs = visible_scores(record["seqlen_q"], record["seqlen_k"], bool(record.get("causal")), record["window"])
+        pairs = float(_visible(record))
     elif record.get("causal"):
         pairs *= 0.5
     return pairs * _flop_per_score(record)
@@ -173,7 +175,7 @@ def impossible(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str | None
 def _visible(record: Mapping[str, Any]) -> int:
     """Visible scores of one head."""
     causal, window = bool(record.get("causal")), record.get("window")
-    return visible_scores(record["seqlen_q"], record["seqlen_k"], causal, window)
+    return visible_scores(record["seqlen_q"], record["seqlen_k"], causal, window, record.get("align"))
 
 
 def _flop_per_score(record: Mapping[str, Any]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtk.benchmarks import floors, operations, peers, timing
+from rtk.benchmarks import operations, peers, timing
 from rtk.benchmarks.peers import Peer, Prepared
 
 _MOST_SETS = 64  # of inputs: as many as a turn has calls
@@ -62,7 +61,7 @@ def describe(cell: Cell, suite: str) -> dict[str, Any]:
 def times(cell: Cell, bench: Bench) -> Records:
     """Microseconds of a call, the implementations taking turns."""
     with _checked(cell, bench) as (found, ready):
-        yield from _timed(found, ready, bench)
+        yield from _timed(cell, found, ready, bench)
 
 
 def times_and_memory(cell: Cell, bench: Bench) -> Records:
@@ -70,12 +69,12 @@ def times_and_memory(cell: Cell, bench: Bench) -> Records:
     with _checked(cell, bench) as (found, ready):
         for name, calls in ready.items():
             found[name]["peak_extra_bytes"] = _peak_extra_bytes(calls[0])
-        yield from _timed(found, ready, bench)
+        yield from _timed(cell, found, ready, bench)
 
 
 def accuracy(cell: Cell, bench: Bench) -> Records:
     """Errors only."""
-    with _checked(cell, bench, thorough=True, judge=False) as (found, _):
+    with _checked(cell, bench, thorough=True, judge=False, most_sets=1) as (found, _):
         yield from found.values()
 
 
@@ -87,7 +86,7 @@ def overhead(cell: Cell, bench: Bench) -> Records:
             q1, median, q3 = timing.quartiles(values)
             found[name] |= {"cpu_us": _us(median), "cpu_us_q1": _us(q1), "cpu_us_q3": _us(q3)}
             found[name]["cpu_us_rounds"] = [_us(value) for value in values]
-        yield from _timed(found, ready, bench)
+        yield from _timed(cell, found, ready, bench)
 
 
 def coldstart(cell: Cell, bench: Bench) -> Records:
@@ -98,7 +97,7 @@ def coldstart(cell: Cell, bench: Bench) -> Records:
         record = {**describe(cell, bench.suite), "impl": name, "error": None}
         with tempfile.TemporaryDirectory(prefix="rtk-bench-") as folder:
             try:
-                cold, warm = (child.in_new_process(name, cell.problem, Path(folder)) for _ in range(2))
+                cold, warm = (child.in_new_process(cell.op, name, cell.problem, Path(folder)) for _ in range(2))
             except child.Failed as error:
                 record["error"] = str(error)
             else:
@@ -138,15 +137,16 @@ def _checked(
                     result = made[0].canonical(made[0].call())
                 torch.cuda.synchronize()
             record["prepared_s"] = round(time.perf_counter() - start, 3)
-            rms, largest = truth.errors(result)
+            errors = truth.errors(result)
+            record |= made[0].notes
         except Exception as error:  # each library fails in its own way
             record["error"] = peers.reason_of(error)
-            _raise_if_lost(torch, error)
+            raise_if_lost(error)
             continue
-        finite = math.isfinite(rms) and math.isfinite(largest)
-        record |= {"rms_error": rms, "max_error": largest} if finite else {}
-        if judge and not rms <= operation.tolerance(cell.problem):
-            record["error"] = f"the answer is wrong: RMS error {rms:.3g} of the RMS of float64's"
+        finite = math.isfinite(errors.rms) and math.isfinite(errors.largest)
+        record |= {"rms_error": errors.rms, "max_error": errors.largest} if finite else {}
+        if judge and not errors.worst <= operation.tolerance(cell.problem):
+            record["error"] = f"the answer is wrong: in some rows the error is {errors.worst:.3g} of float64's RMS"
         elif not finite:
             record["error"] = "the answer is not finite"
         else:
@@ -160,8 +160,10 @@ def _checked(
         torch.cuda.empty_cache()
 
 
-def _raise_if_lost(torch: Any, error: Exception) -> None:
+def raise_if_lost(error: Exception) -> None:
     """After some errors nothing runs in this process any more: better said at once than by every later cell."""
+    import torch
+
     try:
         torch.cuda.synchronize()
     except Exception:
@@ -173,18 +175,19 @@ def _sets(size: int, l2_bytes: int, most: int) -> int:
     return max(1, min(most, math.ceil(2 * l2_bytes / max(size, 1))))
 
 
-def _timed(found: dict[str, dict[str, Any]], ready: Mapping[str, Sequence[Prepared]], bench: Bench) -> Records:
-    import torch
+def _timed(
+    cell: Cell, found: dict[str, dict[str, Any]], ready: Mapping[str, Sequence[Prepared]], bench: Bench
+) -> Records:
 
-    bench.take()
-    calls = {name: [_entered(each) for each in made] for name, made in ready.items()}
+    operation = operations.known()[cell.op]
+    calls = {name: [each.entered() for each in made] for name, made in ready.items()}
     measured: dict[str, timing.Timing] = {}
     while calls:
         try:
-            measured = timing.interleaved(calls, bench.rounds)
+            measured = timing.interleaved(calls, bench.rounds, before_rounds=bench.take)
             break
         except Exception as error:
-            _raise_if_lost(torch, error)
+            raise_if_lost(error)
             culprit = _failing(calls)
             if culprit is None:
                 raise
@@ -194,7 +197,7 @@ def _timed(found: dict[str, dict[str, Any]], ready: Mapping[str, Sequence[Prepar
     state = bench.take()
     for name, record in found.items():
         if name in measured:
-            record |= _of(measured[name], record) | state
+            record |= _of(measured[name], operation.flop(cell.problem)) | state
         yield record
 
 
@@ -212,19 +215,7 @@ def _failing(calls: Mapping[str, Sequence[timing.Call]]) -> tuple[str, str] | No
     return None
 
 
-def _entered(made: Prepared) -> timing.Call:
-    """The call within its context: in a graph, and behind a wait, that costs nothing that is measured."""
-    if made.context is contextlib.nullcontext:
-        return made.call
-
-    def call() -> Any:
-        with made.context():
-            return made.call()
-
-    return call
-
-
-def _of(measured: timing.Timing, record: Mapping[str, Any]) -> dict[str, Any]:
+def _of(measured: timing.Timing, flop: float) -> dict[str, Any]:
     """What a record says of a timing. Its share of the ceiling is added when all ceilings are known."""
     return {
         "us": _us(measured.us),
@@ -233,7 +224,7 @@ def _of(measured: timing.Timing, record: Mapping[str, Any]) -> dict[str, Any]:
         "us_rounds": [_us(value) for value in measured.us_rounds],
         "rounds": len(measured.us_rounds),
         "timing": measured.method,
-        "tflops": round(floors.tflops(record, measured.us), 1),
+        "tflops": round(flop / measured.us / 1e6, 1),
     }
 
 
@@ -259,9 +250,3 @@ def _peak_extra_bytes(made: Prepared) -> int:
 def median_of(values: Sequence[float]) -> dict[str, float]:
     """{"min", "median", "max"} of some values."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def own_environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with the caches of every implementation in a folder."""
-    names = ("RTK_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME")
-    return {**os.environ, **{name: str(folder / name.lower()) for name in names}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,8 @@ from rtk.errors import ArgumentError
 SCHEMA = 1
 RTK = "rtk"
 # One kernel, timed under two names in one run (cuDNN as `cudnn` and as torch's own choice, `sdpa`), differed by at
-# most 0.7% in a cell of the recorded `paper`: no smaller difference is a fact about a kernel.
+# most 0.7% in a cell of the recorded `paper`: no smaller difference is a fact about a kernel. (By up to 3% in cells of
+# `long` and `small`, and there the quartiles said so.)
 RESOLUTION = 0.01
 # CPU time of a call depends on the host's clock, its caches and what else it does, far more than a GPU's time does.
 HOST_RESOLUTION = 0.10
@@ -40,9 +42,25 @@ CELL_KEYS = (
     "causal",
     "window",
     "softcap",
+    "softmax_scale",
+    "align",
     "variant",
 )
-_NUMBERS = ("us", "us_q1", "us_q3", "cpu_us", "tflops", "ceiling_share", "rms_error", "max_error", "peak_extra_bytes")
+_NUMBERS = (
+    "us",
+    "us_q1",
+    "us_q3",
+    "cpu_us",
+    "tflops",
+    "ceiling_share",
+    "rms_error",
+    "max_error",
+    "peak_extra_bytes",
+    "softcap",
+)
+_ALSO = ("cpu_us_q1", "cpu_us_q3", "softmax_scale", "import_ms", "first_call_ms", "disk_call_ms", "second_call_ms")
+_POSITIVE = ("us", "us_q1", "us_q3", "cpu_us", "cpu_us_q1", "cpu_us_q3")
+_SUITE = re.compile(r"\w[\w.-]*")
 _SIZES = ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v")
 # The time that a suite is about. Suites of other things (errors, one-off milliseconds) have none that can be compared.
 _METRICS: dict[str, str | None] = {"overhead": "cpu_us", "coldstart": None, "accuracy": None}
@@ -187,20 +205,44 @@ def _wrong(contents: Any) -> str:
         return "no `schema` in `meta`"
     if schema > SCHEMA:  # what else it must hold is the newer schema's business
         return ""
-    if not isinstance(contents["meta"].get("suite"), str):
-        return "no `suite` in `meta`"
+    if not isinstance(contents["meta"].get("suite"), str) or not _SUITE.fullmatch(contents["meta"]["suite"]):
+        return "no `suite` in `meta`, of letters, digits, dots and dashes"
+    for key in ("versions", "absent", "device", "ceilings", "clocks"):
+        if not isinstance(contents["meta"].get(key) or {}, dict):
+            return f"`{key}` in `meta` is no object"
+    for key in ("ceilings", "device"):
+        if not all(map(_is_number_or_none, (contents["meta"].get(key) or {}).values())):
+            return f"`{key}` in `meta` holds what is no number"
     if not isinstance(contents.get("records"), list):
         return "no list `records`"
     for number, record in enumerate(contents["records"], 1):
         if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("suite", "impl")):
             return f"record {number} names no suite and impl"
-        for key in _NUMBERS:
+        for key in (*_NUMBERS, *_ALSO):
             if not _is_number_or_none(record.get(key)):
                 return f"`{key}` of record {number} is no number: {record[key]!r}"
         for key in _SIZES:
             if record.get(key) is not None and type(record[key]) is not int:
                 return f"`{key}` of record {number} is no integer: {record[key]!r}"
+            if record.get("op") == "attention_fwd" and record.get(key) is None:
+                return f"record {number} has no `{key}`"
+        for key in _POSITIVE:
+            if record.get(key) is not None and not record[key] > 0:
+                return f"`{key}` of record {number} is not positive: {record[key]!r}"
+        if not _is_window(record.get("window")):
+            return f"`window` of record {number} is no pair: {record['window']!r}"
+        bounds = record.get("floor_us") or {}
+        if not isinstance(bounds, dict) or not all(map(_is_number_or_none, bounds.values())):
+            return f"`floor_us` of record {number} is no object of numbers"
+        rounds = record.get("us_rounds") or []
+        if not isinstance(rounds, list) or not all(_is_number_or_none(us) and us and us > 0 for us in rounds):
+            return f"`us_rounds` of record {number} is no list of times"
     return ""
+
+
+def _is_window(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else None
+    return value is None or (sides is not None and all(side is None or type(side) is int for side in sides))
 
 
 def _is_number_or_none(value: Any) -> bool:
@@ -242,7 +284,7 @@ def labels(problems: Iterable[Cell]) -> dict[Cell, str]:
     """
     fields = {cell: dict(zip(CELL_KEYS, cell, strict=True)) for cell in problems}
     names = {cell: _short(field) for cell, field in fields.items()}
-    for part in (_batch_heads, _head_dim_v, _dtype, _softcap, _op, _suite):
+    for part in (_batch_heads, _head_dim_v, _dtype, _softcap, _scale, _align, _op, _suite):
         groups: dict[str, list[Cell]] = {}
         for cell, name in names.items():
             groups.setdefault(name, []).append(cell)
@@ -291,6 +333,14 @@ def _dtype(field: Mapping[str, Any]) -> str:
 
 def _softcap(field: Mapping[str, Any]) -> str:
     return f"softcap {field['softcap']:g}" if field["softcap"] else ""
+
+
+def _scale(field: Mapping[str, Any]) -> str:
+    return f"scale {field['softmax_scale']:g}" if field["softmax_scale"] is not None else ""
+
+
+def _align(field: Mapping[str, Any]) -> str:
+    return str(field["align"] or "")
 
 
 def _op(field: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ card and choices. The results file is replaced when the last cell is done.
 from __future__ import annotations
 
 import datetime
-import itertools
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -16,20 +15,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rtk import digest, driver, toolchain
+from rtk.autotune import choice
 from rtk.benchmarks import ceilings, floors, measure, peers, records
 from rtk.benchmarks.suites import Cell, Suite
 from rtk.benchmarks.telemetry import Telemetry
 from rtk.errors import ToolchainError
 
-_METHOD = (
-    "Median and quartiles over rounds in which the implementations take turns, in another order each time. A turn is a "
-    "replay of a CUDA graph of some calls, or eager calls behind a wait on the GPU where one of the cell cannot be "
-    "captured (`timing` says which). Inputs are N(0, 1), rotated through twice the level-2 cache. Each implementation "
-    "was compared with float64 before."
-)
-
-
+OWN = "own"  # the suite of a user's own problems
 _FEW = 4  # cells that are not worth compiling ahead for
+_AHEAD_S = 240.0
+_LEAST_S = 20.0  # what a cell may take that nothing is known of
 
 
 class Watcher(Protocol):
@@ -77,11 +72,11 @@ def run(
     properties = driver.device_properties(index)
     with Telemetry(properties.uuid) as telemetry:
         meta = _meta(suite, found, absent, index, rounds or suite.rounds, telemetry)
-        done = [] if fresh else _take_over(kept, meta)
+        done = [] if fresh else _take_over(kept, meta, suite)
         watcher.started(suite, meta, done)
         bench = measure.Bench(suite.name, found, meta["rounds"], properties.l2_bytes, take=telemetry.take)
         begun = time.monotonic()
-        _ahead(suite, found, done)
+        _ahead(suite, found, done, _AHEAD_S if deadline is None else deadline - begun - _LEAST_S)
         meta["ceilings_measured"].append(ceilings.measure())
         if suite.cells:
             done = _cells(suite, bench, meta, done, kept, watcher, begun, deadline)
@@ -92,6 +87,8 @@ def run(
     meta["clocks"] = _clocks(finished)
     count = _count_done(suite, done)
     outcome = Outcome(path, count, len(suite.cells), meta, finished)
+    if outcome.whole and suite.name == OWN:
+        finished = outcome.records = records.merge(_of_the_same(path, meta), finished)
     records.write(path if outcome.whole else kept, meta, finished)
     if outcome.whole:
         kept.unlink(missing_ok=True)
@@ -100,16 +97,19 @@ def run(
     return outcome
 
 
-def _ahead(suite: Suite, found: dict[str, peers.Peer], done: Iterable[dict[str, Any]]) -> None:
-    """Has everyone who can compile what is still to do, where that is worth the start of processes."""
+def _ahead(suite: Suite, found: dict[str, peers.Peer], done: Iterable[dict[str, Any]], seconds: float) -> None:
+    """Has everyone who can compile what is still to do, where that is worth the start of processes and time is left."""
     known = {records.cell_key(record) for record in done}
-    cells = [cell for cell in suite.cells if records.cell_key(measure.describe(cell, suite.name)) not in known]
-    problems = list(dict.fromkeys(cell.problem for cell in cells))
-    if suite.measure is measure.coldstart or len(problems) < _FEW:
-        return
-    for peer in found.values():
-        if peer.ahead is not None:
-            peer.ahead(problems)
+    todo: dict[str, dict[Any, None]] = {}
+    for cell in suite.cells:
+        if records.cell_key(measure.describe(cell, suite.name)) not in known:
+            todo.setdefault(cell.op, {}).setdefault(cell.problem)
+    end = time.monotonic() + seconds
+    for op, problems in todo.items():
+        for peer in found.values():
+            left = end - time.monotonic()
+            if suite.measure is not measure.coldstart and len(problems) >= _FEW and left > 0 and op in peer.ahead:
+                peer.ahead[op](list(problems), left)
 
 
 def gpu() -> int:
@@ -134,7 +134,7 @@ def _cells(
     deadline: float | None,
 ) -> list[dict[str, Any]]:
     known = {records.cell_key(record) for record in done}
-    longest = 0.0
+    longest = _LEAST_S
     earlier_s = meta["duration_s"]
     for number, cell in enumerate(suite.cells, 1):
         if records.cell_key(measure.describe(cell, suite.name)) in known:
@@ -142,7 +142,7 @@ def _cells(
         start = time.monotonic()
         if deadline is not None and start + longest > deadline:
             break
-        new = list(suite.measure(cell, bench))
+        new = _measured(suite, cell, bench)
         done = [*done, *new]
         longest = max(longest, time.monotonic() - start)
         meta["duration_s"] = round(earlier_s + time.monotonic() - begun, 1)
@@ -152,24 +152,49 @@ def _cells(
     return done
 
 
+def _measured(suite: Suite, cell: Cell, bench: measure.Bench) -> list[dict[str, Any]]:
+    """The records of a cell. What fails for all of it, as inputs that do not fit into memory, is told in each."""
+    try:
+        return list(suite.measure(cell, bench))
+    except Exception as error:
+        measure.raise_if_lost(error)
+        said = peers.reason_of(error)
+        return [{**measure.describe(cell, suite.name), "impl": name, "error": said} for name in bench.found]
+
+
 def _count_done(suite: Suite, done: Iterable[dict[str, Any]]) -> int:
     known = {records.cell_key(record) for record in done}
     return sum(records.cell_key(measure.describe(cell, suite.name)) in known for cell in suite.cells)
 
 
-def _take_over(kept: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier piece of this very run measured; `meta` goes on with its counts."""
+def _take_over(kept: Path, meta: dict[str, Any], suite: Suite) -> list[dict[str, Any]]:
+    """What an earlier piece of this very run measured of this suite; `meta` goes on with its counts."""
     try:
         earlier = records.read(kept)
     except Exception:  # none, or one that cannot be read: a run from the start
         return []
-    same = ("uuid", "versions", "sources", "rounds", "absent")
-    if any(earlier.meta.get(name) != meta[name] for name in same):
+    if not _same(earlier.meta, meta):
         return []
     meta["pieces"] = earlier.meta["pieces"] + 1
     meta["duration_s"] = earlier.meta["duration_s"]
     meta["ceilings_measured"] = list(earlier.meta["ceilings_measured"])
-    return earlier.records
+    cells = {records.cell_key(measure.describe(cell, suite.name)) for cell in suite.cells}
+    return [record for record in earlier.records if records.cell_key(record) in cells]
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs are of the same things, so that their cells can stand in one file."""
+    names = ("uuid", "versions", "sources", "harness", "rounds", "absent", "mode")
+    return all(one.get(name) == other.get(name) for name in names)
+
+
+def _of_the_same(path: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the results file there holds of earlier runs like this one."""
+    try:
+        earlier = records.read(path)
+    except Exception:  # none
+        return []
+    return earlier.records if _same(earlier.meta, meta) else []
 
 
 def _with_shares(record: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
@@ -216,11 +241,13 @@ def _meta(
         "cuda": ".".join(map(str, toolchain.driver_version() or ())) or None,
         "versions": {**versions, **tools, "cupy": ", ".join(wheels) or None},
         "sources": digest.sources_digest(),
+        "harness": digest.folder_digest("benchmarks"),
+        "mode": choice.current_mode(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "duration_s": 0.0,
         "pieces": 1,
         "rounds": rounds,
-        "method": " ".join(filter(None, [_METHOD, telemetry.reason])),
+        "method": " ".join(filter(None, [suite.method, telemetry.reason])),
         "absent": absent,
         "ceilings_measured": [],
         "device": {
@@ -234,5 +261,4 @@ def _meta(
 
 def own_suite(problems: Iterable[Any], op: str = "attention_fwd") -> Suite:
     """A suite of a user's own problems."""
-    unique = dict.fromkeys(itertools.chain(problems))
-    return Suite("own", "Your own problems", tuple(Cell(op, problem) for problem in unique))
+    return Suite(OWN, "Your own problems", tuple(Cell(op, problem) for problem in dict.fromkeys(problems)))

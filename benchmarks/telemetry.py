@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 from typing import Any
@@ -58,12 +59,20 @@ class Telemetry:
             for name, values in zip(names, zip(*samples, strict=True), strict=True)
         }
 
+    def _power_w(self) -> float:
+        """Of this moment where the driver tells it; nvmlDeviceGetPowerUsage is an average over a second."""
+        with contextlib.suppress(AttributeError, self._nvml.NVMLError):  # an older library or driver
+            (found,) = self._nvml.nvmlDeviceGetFieldValues(self._device, [self._nvml.NVML_FI_DEV_POWER_INSTANT])
+            if found.nvmlReturn == 0 and found.value.uiVal:
+                return float(found.value.uiVal) / 1e3
+        return float(self._nvml.nvmlDeviceGetPowerUsage(self._device)) / 1e3
+
     def _sample(self) -> None:
         nvml, device = self._nvml, self._device
         while not self._over.wait(_EVERY_S):
             try:
                 clock = nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)
-                power = nvml.nvmlDeviceGetPowerUsage(device) / 1e3
+                power = self._power_w()
                 temperature = nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
             except nvml.NVMLError:
                 continue

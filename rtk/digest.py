@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["sources_digest"]
+__all__ = ["folder_digest", "sources_digest"]
 
 _SUFFIXES = (".py", ".cuh", ".json")
 _LINKED = ("autotune", "benchmarks", "cuda_src")  # stand inside rtk/, as links or (installed) as folders
@@ -25,6 +25,11 @@ def sources_digest() -> dict[str, str]:
         "rtk": _digest(package, skip=_LINKED),
         "autotune": _digest(package / "autotune"),
     }
+
+
+def folder_digest(name: str) -> str:
+    """sha256 (hex) of the code in a folder of the package, "benchmarks" for one; recorded results are no code."""
+    return _digest(Path(__file__).resolve().parent / name, skip=("results",))
 
 
 def _digest(folder: Path, skip: tuple[str, ...] = ()) -> str:

@@ -181,6 +181,8 @@ def _plan(problem: AttentionProblem, operands: Operands, out: View, layout: str,
     )
     plan = _plans.get(key)
     if plan is None:
+        if choice.current_mode() == "record":
+            recording.note(problem)
         plan = _make_plan(problem, operands, out, layout, choices)
         _plans.put(key, plan)
     return plan

@@ -111,7 +111,8 @@ def describe(problem: AttentionProblem) -> str:
 def load(path: str | os.PathLike[str]) -> list[AttentionProblem]:
     """The problems in a .toml or .json file: under `problems`, a list of tables of keys, or of lines for parse().
 
-    A JSON file may be the list itself. ArgumentError names the file, the problem's number and the key at fault.
+    A JSON file may be the list itself, and a .txt file has a line for each. ArgumentError names the file, the problem's
+    number and the key at fault.
     """
     path = Path(path)
     contents = _contents(path)
@@ -147,8 +148,10 @@ def _contents(path: Path) -> Any:
         except ModuleNotFoundError:
             raise ToolchainError(f"{path}: reading TOML needs Python 3.11", "write it as JSON") from None
         reader = tomllib.loads
+    elif path.suffix == ".txt":
+        return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     elif path.suffix != ".json":
-        raise ArgumentError(str(path), f"a name that ends in {path.suffix!r}", ".toml or .json")
+        raise ArgumentError(str(path), f"a name that ends in {path.suffix!r}", ".toml, .json or .txt")
     try:
         return reader(text)
     except (ValueError, RecursionError) as error:

@@ -63,7 +63,7 @@ def warmup(
         if batch_invariant:
             config = SPEC.pick(problem.without_batch())
         else:
-            config = choice.choose(SPEC, problem, gpu).config
+            config = choice.choose(SPEC, problem, gpu, stored=out is None).config
         source = SPEC.render(config)
         served.setdefault(source, []).append(problem)
     binaries = jit.build_many(list(served), jobs=jobs, progress=progress, cache=cache)

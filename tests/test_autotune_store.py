@@ -42,7 +42,7 @@ def by_place(found):
 
 
 def timed(us, **config):
-    return Timed(dict(config), us, us - 1, us + 1, 15, "580.1", "13.0.88", "2026-01-01")
+    return Timed(dict(config), us, us * 0.9, us * 1.1, 15, "580.1", "13.0.88", "2026-01-01")
 
 
 @pytest.fixture(params=["sqlite", "files"])
@@ -242,8 +242,14 @@ def test_a_row_that_is_no_choice_is_left_out(tmp_path):
     folder = tmp_path / "cache"
     Store(folder).put(choice_of())
     Store(folder).put(choice_of("hq=8,sq=77,d=64"))
+    Store(folder).put(choice_of("hq=9,sq=77,d=64"), [timed(1.0, BLOCK_M=64), timed(2.0, BLOCK_M=128)])
     _sql(folder / NAME, "UPDATE choices SET config = '[1]' WHERE problem = 'hq=8,sq=77,d=64'")
+    _sql(folder / NAME, """UPDATE choices SET exact = '{"head_dim":["x"]}' WHERE problem = 'hq=9,sq=77,d=64'""")
     assert Store(folder).choices() == [choice_of()]
+    _sql(folder / NAME, "UPDATE timings SET us = NULL, exact = '' WHERE us = 1.0")
+    place = choice_of("hq=9,sq=77,d=64").place
+    _sql(folder / NAME, f"UPDATE timings SET us = NULL WHERE us = 2.0 AND kernel = '{place.kernel}'")
+    assert Store(folder).timings(place) == []
 
 
 def test_a_store_of_a_later_version_is_left_alone(tmp_path):
@@ -309,7 +315,12 @@ def test_a_file_that_is_no_export_is_refused(tmp_path, text, said):
 
 def test_every_key_of_an_export_is_checked(tmp_path):
     contents = json.loads(exchange.render([choice_of()]))
-    for key, wrong in [("config", {"A": "x"}), ("config", {}), ("sizes", {"n": 1.5}), ("gpu", {}), ("us", "fast")]:
+    wrongs = [
+        *(("config", {"A": "x"}), ("config", {}), ("config", [1]), ("sizes", {"n": 1.5}), ("sizes", [1]), ("gpu", {})),
+        *(("us", "fast"), ("us", float("nan")), ("us", 0), ("us", 10**400), ("us", None), ("problem", "\ud800")),
+        *(("exact", {"head_dim": ["x"]}), ("exact", 7)),
+    ]
+    for key, wrong in wrongs:
         broken = {**contents, "choices": [{**contents["choices"][0], key: wrong}]}
         with pytest.raises(ArgumentError, match="choice 1"):
             exchange.parse(broken, "it")

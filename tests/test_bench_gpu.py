@@ -177,9 +177,9 @@ def test_ceilings_and_clocks(torch):
 
 
 def test_a_cold_start(torch, tmp_path):
-    cold = coldstart.in_new_process("rtk", CELL.problem, tmp_path)
-    warm = coldstart.in_new_process("rtk", CELL.problem, tmp_path)
+    cold = coldstart.in_new_process("attention_fwd", "rtk", CELL.problem, tmp_path)
+    warm = coldstart.in_new_process("attention_fwd", "rtk", CELL.problem, tmp_path)
     assert cold["problems"] == [] and warm["build_ms"] < cold["build_ms"] < cold["first_call_ms"]
     assert warm["first_call_ms"] < cold["first_call_ms"] and cold["second_call_ms"] < cold["first_call_ms"] / 10
     with pytest.raises(coldstart.Failed, match="softcap"):
-        coldstart.in_new_process("sdpa", shapes.parse("hq=1,sq=8,d=8,softcap=5"), tmp_path)
+        coldstart.in_new_process("attention_fwd", "sdpa", shapes.parse("hq=1,sq=8,d=8,softcap=5"), tmp_path)

@@ -47,7 +47,7 @@ def timed(cell, bench_):
 
 def piece(suite, kept, *, deadline=None, **more):
     meta, watcher = meta_of(**more), Watcher()
-    before = runner._take_over(kept, meta)
+    before = runner._take_over(kept, meta, suite)
     bench_ = measure.Bench("own", {}, 3, 60 << 20)
     done = runner._cells(suite, bench_, meta, before, kept, watcher, time.monotonic(), deadline)
     return meta, before, done, watcher
@@ -82,6 +82,25 @@ def test_runs_of_different_things_are_not_joined(tmp_path, change):
     assert (meta["pieces"], before, len(done)) == (1, [], 4)
 
 
+def test_a_cell_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    def work(cell, bench_):
+        if cell.problem.seqlen_q == 16:
+            raise MemoryError("it does not fit")
+        yield from timed(cell, bench_)
+
+    monkeypatch.setattr(measure, "raise_if_lost", lambda error: None)
+    suite = suite_of(work)
+    bench_ = measure.Bench("own", {"rtk": None}, 3, 60 << 20)
+    done = runner._cells(suite, bench_, meta_of(), [], tmp_path / "kept", Watcher(), time.monotonic(), None)
+    assert len(done) == 4 and "it does not fit" in done[1]["error"] and done[2]["error"] is None
+
+
+def test_records_of_other_problems_are_not_taken_over(tmp_path):
+    kept = tmp_path / "kept"
+    piece(suite_of(timed), kept)
+    assert len(runner._take_over(kept, meta_of(), suite_of(timed, 1))) == 1
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"meta": {}, "records": []}'])
 def test_a_damaged_piece_is_no_piece(tmp_path, text):
     kept = tmp_path / ".own.json.partial"
@@ -89,7 +108,9 @@ def test_a_damaged_piece_is_no_piece(tmp_path, text):
     assert len(piece(suite_of(timed), kept)[2]) == 4
 
 
-def test_no_cell_is_begun_that_would_end_too_late(tmp_path):
+def test_no_cell_is_begun_that_would_end_too_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_LEAST_S", 0.0)
+
     def work(cell, bench_):
         time.sleep(0.05)
         yield from timed(cell, bench_)
@@ -154,6 +175,7 @@ def test_list(capsys):
         (["report", "not-there.json"], 1, "not-there.json"),
         (["--shape", "hq=3"], 2, "sq"),
         (["--minutes", "0"], 2, "minutes"),
+        (["list", "what"], 2, "nothing more"),
         (["--file", "not-there.toml"], 1, "not-there.toml"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,

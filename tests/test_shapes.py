@@ -208,7 +208,7 @@ GOOD = '{"hq": 8, "sq": 300, "d": 64}'
         ("a.json", "[", "a.json", "JSON"),
         ("a.json", "[" * 100_000, "a.json", "JSON"),
         pytest.param("a.toml", "problems = [", "a.toml", "TOML", marks=needs_tomllib),
-        ("a.yaml", "problems:", "a.yaml", ".toml or .json"),
+        ("a.yaml", "problems:", "a.yaml", ".toml, .json or .txt"),
         ("absent.json", None, "absent.json", "No such file"),
     ],
 )  # fmt: skip

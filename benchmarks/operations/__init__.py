@@ -8,16 +8,26 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Operation", "Truth", "known"]
+__all__ = ["Errors", "Operation", "Truth", "known"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of a result, as shares of the truth's RMS. `worst`: the RMS error of its worst part, of that part's RMS."""
+
+    rms: float
+    largest: float
+    worst: float
 
 
 class Truth(Protocol):
     """The float64 result of an operation, or of a sample of it."""
 
-    def errors(self, result: Any) -> tuple[float, float]:
-        """(RMS, largest) error of a result in the operation's own form, as shares of the truth's RMS."""
+    def errors(self, result: Any) -> Errors:
+        """Of a result in the operation's own form."""
 
 
 class Operation(Protocol):
@@ -36,7 +46,15 @@ class Operation(Protocol):
         """Of a sample of the rows, or of every row of some heads where it is to be thorough."""
 
     def tolerance(self, problem: Any) -> float:
-        """The RMS error beyond which a result is of something else, and its time is none of this problem's."""
+        """The RMS error of a part beyond which a result is of something else, and its time none of this problem's."""
+
+    def flop(self, problem: Any) -> float:
+        """What TFLOP/s are counted by."""
+
+    def line(self, problem: Any) -> str:
+        """The problem as a line of text, which `parse` reads."""
+
+    def parse(self, line: str) -> Any: ...
 
 
 @functools.cache

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rtk import shapes
+from rtk.benchmarks import floors
+from rtk.benchmarks.operations import Errors
 from rtk.errors import ArgumentError
 
 _STRETCH = 32  # rows at the start, in the middle and at the end of a sequence
@@ -21,7 +24,8 @@ class AttentionForward:
 
     def describe(self, problem: Any) -> dict[str, Any]:
         left, right = problem.window_left, problem.window_right
-        top_left = right is not None and problem.diagonal != problem.seqlen_k - problem.seqlen_q
+        usual_scale = 1.0 / math.sqrt(problem.head_dim)
+        top_left = (left is not None or right is not None) and problem.diagonal != problem.seqlen_k - problem.seqlen_q
         return {
             "op": self.name,
             "dtype": problem.dtype,
@@ -35,7 +39,8 @@ class AttentionForward:
             "causal": right == 0,
             "window": None if left is None and right in (None, 0) else [left, right],
             "softcap": problem.softcap,
-            "variant": "top-left" if top_left else None,
+            "softmax_scale": None if problem.softmax_scale == usual_scale else problem.softmax_scale,
+            "align": "top-left" if top_left else None,
         }
 
     def inputs(self, problem: Any, variant: str | None, seed: int, device: str = "cuda") -> tuple[Any, ...]:
@@ -66,6 +71,15 @@ class AttentionForward:
     def tolerance(self, problem: Any) -> float:
         return 0.01 if problem.dtype == "bfloat16" else 0.002  # 4 times what rounding comes to
 
+    def flop(self, problem: Any) -> float:
+        return floors.flop(self.describe(problem))
+
+    def line(self, problem: Any) -> str:
+        return shapes.describe(problem)
+
+    def parse(self, line: str) -> Any:
+        return shapes.parse(line)
+
 
 class _Rows:
     """Some rows of o in float64."""
@@ -75,17 +89,19 @@ class _Rows:
         self.pairs = _spread(problem.batch, problem.num_heads_q, _HEADS)
         self.exact = [_exact(problem, q, k, v, *pair, rows) for pair in self.pairs for rows in self.rows]
 
-    def errors(self, result: Any) -> tuple[float, float]:
+    def errors(self, result: Any) -> Errors:
         places = [(*pair, rows) for pair in self.pairs for rows in self.rows]
-        square_error, square, largest, count = 0.0, 0.0, 0.0, 0
+        square_error, square, largest, count, worst = 0.0, 0.0, 0.0, 0, 0.0
         for place, exact in zip(places, self.exact, strict=True):
             difference = result[place].double() - exact
-            square_error += float(difference.square().sum())
-            square += float(exact.square().sum())
+            part_error, part = float(difference.square().sum()), float(exact.square().sum())
+            # Of its own size: late rows of a causal mask are a hundredth of the first ones.
+            relative = math.sqrt(part_error / part) if part else math.inf if part_error else 0.0
+            worst = max(worst, relative) if relative == relative else math.inf
+            square_error, square, count = square_error + part_error, square + part, count + exact.numel()
             largest = max(largest, float(difference.abs().nan_to_num(math.inf).max()))
-            count += exact.numel()
         unit = math.sqrt(square / count) if square else 1.0
-        return math.sqrt(square_error / count) / unit, largest / unit
+        return Errors(math.sqrt(square_error / count) / unit, largest / unit, worst)
 
 
 def _stretches(length: int, stretch: int) -> list[slice]:

@@ -59,7 +59,7 @@ def prepared(impl: str, problem: Any, q: Any, k: Any, v: Any, *, config: Any = N
     if impl not in found:
         raise CannotRun(absent[impl])
     options = {"config": dict(config)} if config else {}
-    return found[impl].prepare("attention_fwd", problem, (q, k, v), **options).call
+    return found[impl].prepare("attention_fwd", problem, (q, k, v), **options).entered()
 
 
 def reason_of(error: BaseException) -> str:

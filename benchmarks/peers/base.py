@@ -27,6 +27,18 @@ class Prepared:
     call: Callable[[], Any]
     canonical: Callable[[Any], Any] = _same
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    notes: Mapping[str, Any] = field(default_factory=dict)  # for the record
+
+    def entered(self) -> Callable[[], Any]:
+        """The call within its context: in a graph, and behind a wait, that costs nothing that is measured."""
+        if self.context is contextlib.nullcontext:
+            return self.call
+
+        def call() -> Any:
+            with self.context():
+                return self.call()
+
+        return call
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,8 @@ class Peer:
     """One implementation. `operations` maps an operation's name to what prepares a call: f(problem, *tensors).
 
     `load` raises where it cannot be used here; `version` is told of what is loaded, None where nothing says. `imports`
-    is the statement by which a user brings it in. `ahead` compiles for these problems of attention forward at once, so
-    that a suite does not wait for each in turn; what it cannot compile it leaves.
+    is the statement by which a user brings it in. `ahead` maps an operation's name to what compiles for problems at
+    once, in so many seconds at most, so that a suite does not wait for each in turn; what it cannot compile it leaves.
     """
 
     name: str
@@ -43,7 +55,7 @@ class Peer:
     version: Callable[[], str | None]
     operations: Mapping[str, Callable[..., Prepared]] = field(default_factory=dict)
     imports: str = ""
-    ahead: Callable[[Sequence[Any]], None] | None = None
+    ahead: Mapping[str, Callable[[Sequence[Any], float], None]] = field(default_factory=dict)
 
     def prepare(self, operation: str, problem: Any, tensors: tuple[Any, ...], **options: Any) -> Prepared:
         """Raises CannotRun, or whatever the library raises, where it does not serve the problem."""

@@ -12,6 +12,7 @@ from rtk.benchmarks.peers.versions import installed
 
 @functools.cache
 def _operator() -> Any:
+    """The operator itself, which both bring: what flash_attn_func adds to it is Python."""
     import torch
 
     library = os.environ.get("RTK_BENCH_FA3")

@@ -76,7 +76,7 @@ def _attention_fwd(problem: Any, q: Any, k: Any, v: Any) -> Prepared:
     return Prepared(lambda: function(q, k, v, **options))
 
 
-def _ahead(problems: Sequence[Any]) -> None:
+def _ahead(problems: Sequence[Any], seconds: float) -> None:
     """Fills torch's compile cache on disk: here a kernel of this size takes seconds, one after the other."""
     lines = [shapes.describe(problem) for problem in problems]
     count = max(1, min(len(lines), (os.cpu_count() or 1) - 1, _MOST_PROCESSES))
@@ -91,7 +91,7 @@ def _ahead(problems: Sequence[Any]) -> None:
         for first in range(count)
     ]
     try:
-        deadline = time.monotonic() + _AHEAD_TIMEOUT_S
+        deadline = time.monotonic() + min(seconds, _AHEAD_TIMEOUT_S)
         for process in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -121,7 +121,7 @@ def _version() -> str:
 
 _IMPORT = "from torch.nn.attention.flex_attention import flex_attention"
 
-PEERS = [Peer("flex", _load, _version, {"attention_fwd": _attention_fwd}, _IMPORT, _ahead)]
+PEERS = [Peer("flex", _load, _version, {"attention_fwd": _attention_fwd}, _IMPORT, {"attention_fwd": _ahead})]
 
 if __name__ == "__main__":
     _compile_these(sys.argv[1:])

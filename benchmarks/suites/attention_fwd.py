@@ -73,6 +73,17 @@ _ACCURACY = _cells(
     variants=(None, "outliers"),
 )
 
+_OVERHEAD = (
+    "cpu_us: what a loop of 200 eager calls takes on the CPU until all are enqueued, each; median and quartiles over "
+    "rounds in which the implementations take turns. us: of the GPU, by replays of a CUDA graph. Always the same "
+    "inputs. FlashAttention-3 is called by its operator, the others by the function that users call."
+)
+_ONCE = (
+    "Once each, in a process of its own whose torch and CUDA context are there; with empty caches, and again with "
+    "those that the first process left."
+)
+_ERRORS = "Every row of some heads against float64: the RMS and the largest error, as shares of the RMS of float64's."
+
 SUITES = [
     Suite("paper", "FlashAttention-3's grid in bfloat16", _paper("bf16")),
     Suite("paper-fp16", "FlashAttention-3's grid in float16", _paper("fp16")),
@@ -80,7 +91,14 @@ SUITES = [
     Suite("long", "Long context, causal, and the memory it takes", _LONG, measure.times_and_memory, rounds=7),
     Suite("gqa", "Grouped-query and multi-query attention", _GQA),
     Suite("ragged", "Lengths and head_dims that are no powers of two", _RAGGED),
-    Suite("overhead", "CPU time of one call", _TOY, measure.overhead, rounds=11),
-    Suite("coldstart", "Import, and the first and second call of a process", _COLD + _COLD_OURS, measure.coldstart),
-    Suite("accuracy", "Errors against float64, also with outliers", _ACCURACY, measure.accuracy),
+    Suite("overhead", "CPU time of one call", _TOY, measure.overhead, rounds=11, method=_OVERHEAD),
+    Suite(
+        "coldstart",
+        "Import, and the first and second call of a process",
+        _COLD + _COLD_OURS,
+        measure.coldstart,
+        1,
+        _ONCE,
+    ),
+    Suite("accuracy", "Errors against float64, also with outliers", _ACCURACY, measure.accuracy, 1, _ERRORS),
 ]

@@ -104,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="time attention beside its peers on this GPU; report and compare what was recorded",
         description="Measures suites of problems (`rtk bench list` names them; paper where none is named), or problems "
-        "of your own, with every implementation that is here, and writes FOLDER/<gpu>/<suite>.json, tables, plots and "
-        "one HTML report. A run ends before --minutes are over; the same command goes on where it ended. "
+        "of your own, with every implementation that is here, and writes FOLDER/<gpu>/<suite>.json, and without "
+        "--json tables, plots and one HTML report. A run ends before --minutes are over; the same command goes on "
+        "where it ended. "
         "`rtk bench report PATH ...` redraws from results files or folders, without a GPU; `rtk bench compare OLD NEW` "
         "says what changed, with exit code 1 where rtk got slower.",
     )

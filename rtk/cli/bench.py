@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.parser.error("compare takes two results files or folders: OLD NEW")
         return bench_report.compare(rest[0], rest[1], arguments.json)
     if action == "list":
+        if rest:
+            arguments.parser.error("list takes nothing more")
         return _list(arguments.json)
     return _measure(arguments, problems)
 
@@ -57,7 +59,9 @@ def _measure(arguments: argparse.Namespace, problems: Sequence[Any]) -> int:
     from rtk.benchmarks import run as runner
     from rtk.benchmarks import suites
 
-    report.need("rich")
+    if not arguments.json:  # now, and not when nine minutes have been measured
+        for module in ("rich", "matplotlib", "jinja2"):
+            report.need(module)
     chosen = [suites.find(name) for name in arguments.what or (() if problems else _DEFAULT_SUITES)]
     if problems:
         chosen.append(runner.own_suite(problems))

@@ -27,7 +27,8 @@ def report(
     from rtk.benchmarks.report import in_order, need, standing, table, warnings
 
     runs = in_order(_one_per_suite(records.read_all(paths)))
-    need("rich")
+    if not json:
+        need("rich")
     folder = Path(out) if out is not None else _folder_of(runs)
     written = draw(runs, folder)
     if json:
