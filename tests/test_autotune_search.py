@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rtk import driver, shapes, toolchain
-from rtk.autotune import choice, search
+from rtk.autotune import choice, recording, search
 from rtk.autotune.keys import Gpu, Place
 from rtk.autotune.store import Store
 from rtk.cli import main
@@ -190,8 +190,7 @@ def test_a_run_that_ends_goes_on(card, trusting, capsys):
 
 
 def test_shapes_that_a_program_used_are_tuned(card, trusting, capsys, monkeypatch):
-    monkeypatch.setenv("RTK_AUTOTUNE", "record")
-    choice.choose(AttentionFwd(), PROBLEM, Gpu.of(0))
-    monkeypatch.delenv("RTK_AUTOTUNE")
+    monkeypatch.setattr(recording, "_noted", set())
+    recording.note(PROBLEM)
     code, out, _ = command(capsys, "run", "--recorded", "--json")
     assert code == 0 and [shapes.parse(t["shape"]) for t in json.loads(out)["tuned"]] == [PROBLEM]

@@ -15,6 +15,7 @@ from rtk import driver, kernels, shapes, toolchain
 from rtk.autotune import choice, exchange, model, search, session
 from rtk.autotune.keys import USUAL_GPU, Choice, Gpu, Place, digest
 from rtk.autotune.store import Store
+from rtk.cache import default_cache
 from rtk.cli import console
 from rtk.errors import ArgumentError, ToolchainError
 from rtk.kernels.attention_fwd import SPEC
@@ -172,7 +173,7 @@ def _problems(arguments: argparse.Namespace) -> list[Any]:
     for name in arguments.names:
         found += shapes.load(name) if Path(name).suffix else _suite(name)
     if arguments.recorded:
-        found += [shapes.parse(line) for line in recording.noted()]
+        found += shapes.load(default_cache().path / recording.NAME)
     if not found:
         arguments.parser.error("name problems: --shape SHAPE, a FILE of them, a suite of rtk bench, or --recorded")
     return found
