@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -213,6 +213,25 @@ class KernelSpec(ABC, Generic[Problem, Config]):
         `arrays` come as they are on the CPU, and as float64 where they are floating-point in rtk.check_run.
         """
         raise UnsupportedError(self.name, "arrays on the CPU", "arrays on a GPU: the kernel has no reference")
+
+    # -------------------------------------------------------------------------------------------------------- the tuner
+
+    def work(self, problem: Problem, configs: Sequence[Config]) -> Mapping[str, Any]:
+        """What each config makes of the problem, as NumPy arrays for `rtk.autotune.model`; see there for the names.
+
+        By default nothing is known, and configs are tried in their order.
+        """
+        return {}
+
+    def verify(
+        self, problem: Problem, arrays: Mapping[str, Callable[[tuple[Any, ...]], Any]], results: Mapping[str, Any]
+    ) -> str:
+        """What is wrong with results that a kernel computed, in words; "" for nothing.
+
+        `arrays` are the inputs and `results` what was written, each a function from an index (of integers and slices)
+        to a NumPy array in float64. By default nothing is looked at.
+        """
+        return ""
 
     # ------------------------------------------------------------------------------------------------------- the source
 

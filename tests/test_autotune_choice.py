@@ -332,7 +332,7 @@ def test_choices_of_other_sources_are_kept_but_marked(capsys, tmp_path):
         (["export"], 2, "needs a FILE"),
         (["import", "not-there.json"], 1, "not-there.json"),
         (["show"], 2, "--shape"),
-        (["run"], 2, "invalid choice"),
+        (["run"], 2, "name problems"),
         (["export", "/not/there/file.json"], 1, "cannot be written"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,

@@ -123,15 +123,22 @@ def _parser() -> argparse.ArgumentParser:
 
     autotune = commands.add_parser(
         "autotune",
-        help="the stored choices of configurations: list, show, export, import, clear",
-        description="list: every stored choice. show --shape SHAPE: the configuration that such a call gets, and why. "
-        "export FILE, import FILE: choices carried to another machine. clear: forget them.",
+        help="find the fastest configuration of your problems, and carry what was found about",
+        description="run: tune problems on this GPU (--shape, files of them, suites of rtk bench, --recorded); what is "
+        "stored already is left, and a run that ended goes on. list: every stored choice. show --shape SHAPE: what "
+        "such a call gets, and why. explain --shape SHAPE: the model's estimate beside each measured time. verify: "
+        "time stored choices again. export FILE, import FILE: choices carried to another machine. clear: forget them.",
     )
-    autotune.add_argument("action", choices=["list", "show", "export", "import", "clear"], help="what to do")
-    autotune.add_argument("file", nargs="?", metavar="FILE", help="export, import: JSON")
-    autotune.add_argument("--shape", action="append", default=[], type=_shape, metavar="SHAPE", help="show: a problem")
-    autotune.add_argument("--gpu", metavar="WORD", help="export, import, clear: only of GPUs with this in their name")
-    autotune.add_argument("--limit", type=_count, default=10, metavar="N", help="show: timings to list (10)")
+    actions = ["run", "list", "show", "explain", "verify", "export", "import", "clear"]
+    autotune.add_argument("action", choices=actions, help="what to do")
+    autotune.add_argument("names", nargs="*", metavar="FILE|SUITE", help="run: problems; export, import: a file")
+    autotune.add_argument("--shape", action="append", default=[], type=_shape, metavar="SHAPE", help="a problem")
+    autotune.add_argument("--recorded", action="store_true", help="run: the problems that RTK_AUTOTUNE=record noted")
+    autotune.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="run: end before (%(default)g)")
+    autotune.add_argument("--exhaustive", action="store_true", help="run: the whole space, not the model's best")
+    autotune.add_argument("--again", action="store_true", help="run: what is stored already, too")
+    autotune.add_argument("--gpu", metavar="WORD", help="only choices of GPUs with this in their name")
+    autotune.add_argument("--limit", type=_count, default=10, metavar="N", help="show, explain: lines (10)")
     autotune.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
     autotune.set_defaults(run=_autotune, parser=autotune)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rtk.arrays import View
 from rtk.problem import AttentionProblem
-from rtk.spec import SHARED_BYTES_PER_BLOCK, Binding, Bucket, KernelSpec, TensorMap, TensorOperand, half_steps
+from rtk.spec import SHARED_BYTES_PER_BLOCK, Binding, Bucket, KernelSpec, Operand, TensorMap, TensorOperand, half_steps
 
 _ELEMENT_BYTES = 2
 _SWIZZLE_PERIOD_BYTES = 1024  # regions of shared memory start at multiples of the widest swizzle pattern
@@ -23,6 +23,10 @@ _OTHER_REGISTERS = {1: 36, 2: 36, 3: 30}
 _L2_SHARE_BYTES = 16 << 20  # K and V of the heads in flight should fit in this much of L2
 _USUAL_SM_COUNT = 132  # of H100 and H200: more tiles than this take more than one round
 _LOG2_E = 1.4426950408889634
+
+_SAMPLED_BLOCKS = 64
+_OPS_PER_SCORE = 5.0  # of the fp32 pipes: maximum, scaling, sum, and half a conversion and a move each
+_CHECKED_ROWS = 48
 
 STATIC, DYNAMIC = 0, 1  # enum Scheduler
 _CONSUMER_ROWS = 64  # of a consumer warpgroup
@@ -231,6 +235,76 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         if problem.window_left is not None:  # what is visible of a row
             sizes["window"] = min(problem.seqlen_k, problem.window_left + (problem.window_right or 0) + 1)
         return Bucket(tuple(exact.items()), tuple((name, half_steps(size)) for name, size in sizes.items()))
+
+    # -------------------------------------------------------------------------------------------------------- the tuner
+
+    def operands(self, problem: AttentionProblem) -> Mapping[str, Operand]:
+        heads, kv_heads = (problem.batch, problem.num_heads_q), (problem.batch, problem.num_heads_kv)
+        return {
+            "q": Operand((*heads, problem.seqlen_q, problem.head_dim), problem.dtype),
+            "k": Operand((*kv_heads, problem.seqlen_k, problem.head_dim), problem.dtype),
+            "v": Operand((*kv_heads, problem.seqlen_k, problem.head_dim_v), problem.dtype),
+            "o": Operand((*heads, problem.seqlen_q, problem.head_dim_v), problem.dtype, written=True),
+            "lse": Operand((*heads, problem.seqlen_q), "float32", written=True, optional=True),
+        }
+
+    def work(self, problem: AttentionProblem, configs: Sequence[AttentionFwdConfig]) -> dict[str, Any]:
+        """For rtk.autotune.model: tiles, what a step over BLOCK_N keys needs, and how many steps a tile takes."""
+        import numpy as np
+
+        m, n, consumers, pingpong, dynamic, stages = (
+            np.array([getattr(config, name) for config in configs], np.float64)
+            for name in ("BLOCK_M", "BLOCK_N", "NUM_CONSUMER_WARPGROUPS", "PINGPONG", "SCHEDULER", "STAGES")
+        )
+        row_blocks = np.ceil(problem.seqlen_q / m)
+        # Some query blocks of a head stand for all of them.
+        sampled = (np.arange(_SAMPLED_BLOCKS)[:, None] + 0.5) / _SAMPLED_BLOCKS
+        first = np.floor(sampled * row_blocks) * m + problem.diagonal
+        last = np.minimum(first + m, problem.seqlen_q + problem.diagonal) - 1
+        low = np.zeros_like(first) if problem.window_left is None else np.clip(first - problem.window_left, 0, None)
+        high = np.full_like(first, problem.seqlen_k - 1)
+        if problem.window_right is not None:
+            high = np.minimum(high, last + problem.window_right)
+        steps = np.clip(np.floor(high / n) - np.floor(low / n) + 1, 0, None)
+        columns = problem.head_dim + problem.head_dim_v
+        return {
+            "tiles": row_blocks * problem.num_heads_q * problem.batch,
+            "steps": steps.mean(axis=0),
+            "longest": steps.max(axis=0),
+            "mma_flop": 2 * m * n * columns,
+            "exponentials": m * n,
+            "simple_ops": m * n * (_OPS_PER_SCORE + 4 * (problem.softcap > 0)) + m * problem.head_dim_v,
+            "l2_bytes": n * columns * _ELEMENT_BYTES,
+            "tile_bytes": m * columns * _ELEMENT_BYTES,
+            "overlap": np.where(pingpong > 0, 1.0, np.where(consumers > 1, 0.8, 0.5)),
+            "stages": stages,
+            "dynamic": dynamic > 0,
+        }
+
+    def verify(self, problem: AttentionProblem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+        """Rows at the start, in the middle and at the end of the first and the last head, against the definition."""
+        from rtk import reference
+
+        for batch, head in {(0, 0), (problem.batch - 1, problem.num_heads_q - 1)}:
+            kv_head = head // problem.heads_per_kv
+            k, v = (arrays[name]((batch, kv_head, slice(0, problem.seqlen_k))) for name in "kv")
+            for start in {0, problem.seqlen_q // 2, max(0, problem.seqlen_q - _CHECKED_ROWS)}:
+                rows = slice(start, min(start + _CHECKED_ROWS, problem.seqlen_q))
+                exact, _ = reference.attention_fwd(
+                    arrays["q"]((batch, head, rows))[None, None],
+                    k[None, None],
+                    v[None, None],
+                    softmax_scale=problem.softmax_scale,
+                    softcap=problem.softcap,
+                    window_left=problem.window_left,
+                    window_right=problem.window_right,
+                    diagonal=problem.diagonal + start,
+                )
+                error = results["o"]((batch, head, rows)) - exact[0, 0]
+                allowed = (0.01 if problem.dtype == "bfloat16" else 0.002) * max(float((exact**2).mean()) ** 0.5, 1e-6)
+                if not float((error**2).mean()) ** 0.5 <= allowed:
+                    return f"rows {rows.start} to {rows.stop - 1} of head {head}, batch {batch}, are wrong"
+        return ""
 
     def sample_problems(self) -> list[AttentionProblem]:
         return _sample_problems()
