@@ -6,6 +6,7 @@ pair (Jamieson, Talwalkar, "Non-stochastic best arm identification", 2016, is th
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ Measure = Callable[[Sequence[int], int], Mapping[int, Sequence[float]]]  # (cand
 FIRST_ROUNDS = 3
 _MOST_ROUNDS = 27
 _TIE = 0.005  # times that differ by less are equal; then the candidate that was expected to be better is taken
-_HOPELESS = 1.25  # times the leader's: not timed again, whatever the noise
+_HOPELESS = 0.3  # over the root of the rounds: by how much slower than the leader is not timed again
+_MANY, _SCREENING_ROUNDS = 32, 2  # so many candidates are first screened by the best of so few rounds
 
 
 @dataclass
@@ -25,11 +27,27 @@ class Outcome:
     winner: int
     rounds: dict[int, list[float]] = field(default_factory=dict)
 
+    def paired(self) -> list[list[float]]:
+        """The rounds of each candidate, as they would have been had the winner taken its median time in each.
+
+        Who ran in the first rounds only met another card, cooler and faster, than who ran to the end.
+        """
+        ours = self.rounds[self.winner]
+        typical = statistics.median(ours)
+        return [
+            [us * typical / winners for us, winners in zip(self.rounds[index], ours, strict=False)]
+            for index in sorted(self.rounds)
+        ]
+
 
 def best(count: int, measure: Measure) -> Outcome:
     """The best of `count` candidates, which are numbered in the order in which they are expected to be good."""
     found: dict[int, list[float]] = {index: [] for index in range(count)}
     left, rounds = list(range(count)), FIRST_ROUNDS
+    if count > _MANY:
+        found |= {index: list(times) for index, times in measure(left, _SCREENING_ROUNDS).items()}
+        bound = min(min(times) for times in found.values()) * _hopeless(_SCREENING_ROUNDS)
+        left = [index for index in left if min(found[index]) < bound]
     while True:
         for index, times in measure(left, rounds).items():
             found[index] += times
@@ -38,7 +56,7 @@ def best(count: int, measure: Measure) -> Outcome:
         if len(left) == 1 or len(found[leader]) >= _MOST_ROUNDS:
             break
         ranked = sorted(left, key=lambda index: medians[index])
-        close = [index for index in ranked if medians[index] < _HOPELESS * medians[leader]]
+        close = [index for index in ranked if medians[index] < _hopeless(len(found[leader])) * medians[leader]]
         survivors = close[: max(2, -(-len(ranked) // 2))]
         left = [leader, *(i for i in survivors if i != leader and not _is_beaten(found, leader, i))]
         if len(left) == 1:
@@ -47,6 +65,11 @@ def best(count: int, measure: Measure) -> Outcome:
         rounds *= 2
     tied = [index for index in left if medians[index] <= medians[leader] * (1 + _TIE)]
     return Outcome(min(tied), found)
+
+
+def _hopeless(rounds: int) -> float:
+    """How many times the leader's time, after so many rounds, is beyond what noise can explain."""
+    return 1 + _HOPELESS / math.sqrt(rounds)
 
 
 def _is_beaten(found: Mapping[int, Sequence[float]], leader: int, other: int) -> bool:

@@ -45,6 +45,11 @@ class Gpu:
 USUAL_GPU = Gpu("NVIDIA H200", 132, 3201000)
 
 
+def gpu_here() -> Gpu:
+    """The first GPU of this machine, or the usual one where there is none."""
+    return Gpu.of(0) if driver.available() else USUAL_GPU
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a choice belongs."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ from rtk.errors import CompileError, DriverError, RtkError
 from rtk.spec import KernelSpec, config_fields
 
 CANDIDATES = 16
+_BEST_BEFORE = 2  # configs of an earlier run that are timed again
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning one problem came to. `pick_us` is the time of the kernel's own first pick, in the same rounds."""
+    """What tuning one problem came to. `pick_us` is the time of what a call got before: the model's first pick."""
 
     problem: Any
     choice: Choice
@@ -42,47 +44,66 @@ def tune(
     problem: Any,
     device: int,
     *,
-    text: str = "",
     candidates: int | None = CANDIDATES,
+    again: bool = False,
     store: Store | None = None,
     progress: Progress = lambda said: None,
 ) -> Tuned:
     """Finds the fastest config of a problem on a device and stores it.
 
-    text: how the problem is written down. candidates: how many of the model's best are tried, None for the whole space;
-    the first pick and what is stored already are tried as well. Raises RtkError where none of them gives the right
+    candidates: how many of the model's best are tried, None for the whole space; beside them the first pick and what
+    was best before. again: also those whose times are stored. Raises RtkError where none of them gives the right
     answer, and what compiling and the driver raise.
     """
     start = time.monotonic()
     place = Place.of(spec, problem, Gpu.of(device))
     store = store or Store()
-    configs = _candidates(spec, problem, place, store, candidates)
+    configs = _candidates(spec, problem, place, store, candidates, again)
     progress(f"compiling {len(configs)} candidates")
     configs = _compiled(spec, configs)
     with trial.entered(device, spec, problem) as trying:
         ready = _ready(trying, configs)
         progress(f"timing {len(ready)} candidates")
         outcome = halving.best(len(ready), lambda left, rounds: trying.measure(left, rounds))
-        timings = tuple(_timed(ready[index], rounds) for index, rounds in outcome.rounds.items())
+        timings = tuple(_timed(config, rounds) for config, rounds in zip(ready, outcome.paired(), strict=True))
         winner = _right(trying, ready, timings, outcome.winner)
-    by_config = {id(config): timed for config, timed in zip(ready, timings, strict=True)}
-    pick_us = by_config[id(ready[0])].us
+    pick_us = timings[0].us
     versions = {"driver": _driver(), "nvrtc": toolchain.nvrtc().build, "rtk": rtk.__version__, "date": _now()}
-    choice = Choice(place, config_fields(ready[winner]), text or str(problem), timings[winner].us, **versions)
+    choice = Choice(place, config_fields(ready[winner]), spec.describe(problem), timings[winner].us, **versions)
     kept = store.put(choice, timings)
     return Tuned(problem, choice, timings, pick_us, time.monotonic() - start, kept)
 
 
-def _candidates(spec: KernelSpec[Any, Any], problem: Any, place: Place, store: Store, count: int | None) -> list[Any]:
-    """The first pick, then the model's best, then what an earlier run found best; each once."""
-    space = spec.configs(problem)
-    machine = model.Machine(sm_count=place.gpu.sm_count)
-    order = [space[index] for index in model.ranked(spec, problem, space, machine)]
-    found = [spec.pick(problem), *(order if count is None else order[:count])]
-    known = {tuple(sorted(config_fields(config).items())): config for config in space}
-    for timed in sorted(store.timings(place), key=lambda timed: timed.us)[:2]:
-        found.append(known.get(tuple(sorted(timed.config.items())), found[0]))
-    return list(dict.fromkeys(found))
+def untried(
+    spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, store: Store, candidates: int | None = CANDIDATES
+) -> list[Any]:
+    """Those of the candidates that the NVRTC that is here never built to be timed: of a changed space, what is new."""
+    here = toolchain.nvrtc().build
+    timed = {_key(found.config) for found in store.timings(Place.of(spec, problem, gpu)) if found.nvrtc == here}
+    return [config for config in _proposed(spec, problem, gpu, candidates) if _key(config_fields(config)) not in timed]
+
+
+def _candidates(
+    spec: KernelSpec[Any, Any], problem: Any, place: Place, store: Store, count: int | None, again: bool
+) -> list[Any]:
+    """The model's first pick; all that is proposed, or what of it is new; and what was best before. Each once."""
+    proposed = _proposed(spec, problem, place.gpu, count)
+    known = {_key(config_fields(config)): config for config in spec.configs(problem)}
+    before = sorted(store.timings(place), key=lambda timed: timed.us)[:_BEST_BEFORE]
+    new = proposed if again else untried(spec, problem, place.gpu, store, count)
+    best_before = [known[_key(timed.config)] for timed in before if _key(timed.config) in known]
+    return list(dict.fromkeys([proposed[0], *new, *best_before]))
+
+
+def _proposed(spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, count: int | None) -> list[Any]:
+    """The model's first pick, the kernel's own, and the model's best; None counts the whole space."""
+    space, machine = spec.configs(problem), model.Machine.of(gpu)
+    order = [space[index] for index in model.ranked(spec, problem, space, machine)][:count]
+    return list(dict.fromkeys([model.pick(spec, problem, machine), spec.pick(problem), *order]))
+
+
+def _key(config: Mapping[str, int | bool]) -> tuple[tuple[str, int | bool], ...]:
+    return tuple(sorted(config.items()))
 
 
 def _compiled(spec: KernelSpec[Any, Any], configs: Sequence[Any]) -> list[Any]:
@@ -119,10 +140,12 @@ def _ready(trying: trial.Trial, configs: Sequence[Any]) -> list[Any]:
 def _right(trying: trial.Trial, ready: Sequence[Any], timings: Sequence[Timed], winner: int) -> int:
     """The winner, or the fastest of the others where its answer is wrong. RtkError where all are wrong."""
     others = sorted((i for i in range(len(ready)) if i != winner), key=lambda i: timings[i].us)
-    wrong = []
+    wrong: list[str] = []
     for index in (winner, *others):
         said = trying.verify(ready[index])
         if not said:
+            if wrong:
+                warnings.warn(f"rtk: left out, for a wrong answer: {'; '.join(wrong)}", RuntimeWarning, stacklevel=3)
             return index
         wrong.append(f"{config_fields(ready[index])}: {said}")
     raise RtkError("no candidate gives the right answer: " + "; ".join(wrong[:3]))

@@ -7,6 +7,7 @@ twice the level-2 cache holds, taken in turn. A turn of a candidate is a replay 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import random
@@ -86,7 +87,8 @@ class Trial:
 
     def add(self, index: int, config: Any) -> None:
         """Makes a candidate ready; raises what building or launching it raises."""
-        calls = [self._call(config, addresses) for addresses in self._sets]
+        workspace = functools.cache(lambda nbytes: self._kept.enter_context(self._device.memory(nbytes)))
+        calls = [self._call(config, addresses, workspace) for addresses in self._sets]
         calls[0]()  # what a first launch leaves behind is not timed
         self._device.synchronize()
         once_us = self._stopwatch(calls[0])
@@ -98,8 +100,6 @@ class Trial:
                 call()
 
         replay = self._kept.enter_context(self._device.graph(work))
-        replay()
-        self._device.synchronize()
         self._turns[index] = _Turn(replay, count)
 
     def measure(self, candidates: Sequence[int], rounds: int) -> Mapping[int, Sequence[float]]:
@@ -111,7 +111,8 @@ class Trial:
                 found[index].append(self._stopwatch(turn.run) / turn.calls)
         return found
 
-    def _call(self, config: Any, addresses: Mapping[str, int]) -> Callable[[], None]:
+    def _call(self, config: Any, addresses: Mapping[str, int], memory: Callable[[int], int]) -> Callable[[], None]:
+        """A launch on one set of inputs; `memory` gives the workspace, which calls in one stream may share."""
         device, stream = self._device.ordinal, self._device.stream
         views = {name: self._view(name, addresses[name]) for name in self._operands}
         plan = Plan.of(self._spec, self._problem, config, views, device)
@@ -119,7 +120,7 @@ class Trial:
         if not plan.workspace_bytes:
             return lambda: plan.launch(pointers, stream)
         nbytes = -(-plan.workspace_bytes // 4) * 4
-        workspace = self._kept.enter_context(self._device.memory(nbytes))
+        workspace = memory(nbytes)
 
         def call() -> None:
             driver.zero(workspace, nbytes, device, stream)
@@ -140,7 +141,7 @@ class Trial:
         for name, operand in self._operands.items():
             if operand.written:  # nothing of another candidate may pass for a result of this one
                 self._device.upload(addresses[name], b"\xff" * (math.prod(operand.shape) * itemsize(operand.dtype)))
-        self._call(config, addresses)()
+        self._call(config, addresses, lambda nbytes: self._kept.enter_context(self._device.memory(nbytes)))()
         self._device.synchronize()
         arrays: dict[str, Any] = {}
         results: dict[str, Any] = {}

@@ -2,8 +2,8 @@
 
 Measured are import_ms, then first_call_ms and second_call_ms on a GPU whose context is there, from inputs ready to
 result ready. Of rtk also two parts of the first call: choose_ms, until it is known which configuration serves (the
-stores of choices are read), and build_ms, from there until its cubin is in memory (choosing NVRTC, keying, and compiling
-or reading the disk cache); and what the compiler had to complain about. torch and the CUDA context are
+stores of choices are read), and build_ms, from there until its cubin is in memory (choosing NVRTC, keying, and
+compiling or reading the disk cache); and what the compiler had to complain about. torch and the CUDA context are
 started before: they are no part of what an implementation costs.
 """
 

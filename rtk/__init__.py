@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rtk import autotune as autotune
     from rtk import errors as errors
     from rtk.api import attention as attention
     from rtk.api import flash_attn_func as flash_attn_func
@@ -43,6 +44,7 @@ _HOME: dict[str, str | None] = {
     "attention": "rtk.api",
     "flash_attn_func": "rtk.api",
     "stats": "rtk.api",
+    "autotune": None,
     "errors": None,
     "freeze": "rtk.autotune.choice",
     "record_shapes": "rtk.autotune.recording",
@@ -76,11 +78,14 @@ __all__ = [
     "__version__",
     "alignment",
     "attention",
+    "autotune",
     "check_run",
     "check_spec",
     "compile",
     "errors",
     "flash_attn_func",
+    "freeze",
+    "record_shapes",
     "run",
     "stats",
 ]

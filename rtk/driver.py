@@ -167,15 +167,26 @@ class Function:
     def _wait_for_debug_build(self, stream: int) -> None:
         """Raises DriverError, naming the barrier, where the kernel waited too long. Not while a graph is captured."""
         assert self.trap_report is not None
-        capturing = ctypes.c_int()
-        call("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(capturing))
-        if capturing.value:
+        if is_capturing(stream):
             return
         code = library().cuStreamSynchronize(ctypes.c_void_p(stream))
         name = self.trap_report.value.to_bytes(8, "little").rstrip(b"\0").decode(errors="replace")
         if code:
             detail = f"the kernel waited too long for barrier {name!r}" if name else ""
             raise DriverError("cuStreamSynchronize", code, _error_name(code), detail)
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether what is put on the stream goes into a CUDA graph."""
+    capturing = ctypes.c_int()
+    call("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(capturing))
+    return bool(capturing.value)
+
+
+def synchronize(ordinal: int) -> None:
+    """Waits until the device has done all that was enqueued."""
+    with on_device(ordinal):
+        call("cuCtxSynchronize")
 
 
 def zero(pointer: int, nbytes: int, ordinal: int, stream: int) -> None:

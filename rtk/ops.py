@@ -12,7 +12,6 @@ import numpy as np
 from rtk import arrays, counters, reference, tma
 from rtk.arrays import Library, View
 from rtk.autotune import choice, recording
-from rtk.autotune.keys import Gpu
 from rtk.errors import ArgumentError, RtkError, UnsupportedError
 from rtk.kernels.attention_fwd import SPEC, AttentionFwdConfig
 from rtk.launch import PLANS_REMEMBERED, Plan, Recent, check_device
@@ -188,11 +187,11 @@ def _plan(problem: AttentionProblem, operands: Operands, out: View, layout: str,
     return plan
 
 
-def _chosen(problem: AttentionProblem, choices: _Choices, device: int) -> AttentionFwdConfig:
+def _chosen(problem: AttentionProblem, choices: _Choices, library: Library, device: int) -> AttentionFwdConfig:
     """Of a batch-invariant call nothing that was measured may decide: it would have depended on the batch."""
     if choices.batch_invariant:
         return SPEC.pick(problem.without_batch())
-    config: AttentionFwdConfig = choice.choose(SPEC, problem, Gpu.of(device)).config
+    config: AttentionFwdConfig = choice.for_call(SPEC, problem, device, library.stream(device)).config
     return config
 
 
@@ -201,7 +200,7 @@ def _make_plan(problem: AttentionProblem, operands: Operands, out: View, layout:
     if choices.config is not None:
         config = _pinned(problem, choices.config)
     else:
-        config = _chosen(problem, choices, out.device)
+        config = _chosen(problem, choices, operands.library, out.device)
     # As the kernel sees them, whatever the layout: (batch, heads, seqlen, head_dim).
     views = {
         name: replace(view, shape=to_bhsd(view.shape, layout), strides=to_bhsd(view.strides, layout))

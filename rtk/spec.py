@@ -138,11 +138,18 @@ class KernelSpec(ABC, Generic[Problem, Config]):
         return None if config in self.configs(problem) else "it is not among the problem's configs"
 
     def pick(self, problem: Problem) -> Config:
-        """The config to use where nothing was measured: by default the first of `configs`."""
+        """The config to use where nothing was measured, and `work` says nothing: by default the first of `configs`."""
         found = self.configs(problem)
         if not found:
             raise UnsupportedError(self.name, repr(problem), "a problem that some config can serve")
         return found[0]
+
+    def first_picks(self, problem: Problem) -> list[Config]:
+        """The configs that a problem which was not tuned may get: the few that are good nearly everywhere.
+
+        With few of them a new shape seldom means a new kernel to compile. By default all of `configs`.
+        """
+        return self.configs(problem)
 
     def bucket(self, problem: Problem) -> Bucket:
         """Which stored choice serves the problem: by default one of its own, by its fields or its text."""
@@ -151,6 +158,10 @@ class KernelSpec(ABC, Generic[Problem, Config]):
                 tuple((field.name, str(getattr(problem, field.name))) for field in dataclasses.fields(problem))
             )
         return Bucket((("problem", str(problem)),))
+
+    def describe(self, problem: Problem) -> str:
+        """The problem in a line, for people and stored choices."""
+        return str(problem)
 
     def sample_problems(self) -> list[Problem]:
         """Problems whose configs stand for the whole space."""

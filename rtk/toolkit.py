@@ -12,6 +12,7 @@ import numpy as np
 from rtk import arrays as array_libraries
 from rtk import counters, jit
 from rtk.arrays import ANY_DTYPES, Library, View, itemsize, numpy_dtype
+from rtk.autotune import choice
 from rtk.cache import Cache
 from rtk.errors import ArgumentError
 from rtk.jit import Binary
@@ -73,7 +74,7 @@ def run(
     Args:
         spec: the kernel.
         arrays: by name. All of one library, on one device. A result that is missing or None is allocated.
-        config: the configuration to use; None for `spec.pick(problem)`.
+        config: the configuration to use; None for what was tuned and stored, else for `spec.pick(problem)`.
         sm_margin: multiprocessors to leave free for other work; the spec's grid heeds it.
         **options: what `spec.problem` takes besides the arrays.
 
@@ -101,10 +102,11 @@ def run(
         tuple(arrays),
         tuple((name, v.shape, v.strides, v.dtype, v.pointer % WIDEST_ACCESS_BYTES) for name, v in views.items()),
         tuple((name, type(value), value) for name, value in options.items()),
+        choice.epoch(),
     )
     call = _prepared(key, {"spec": spec, "config": config, **options})
     if call is None:
-        call = _prepare(spec, arrays, views, device, config, sm_margin, options)
+        call = _prepare(spec, library, arrays, views, device, config, sm_margin, options)
         _calls.put(key, call)
     _check_written(call.written, library, arrays, views)
     results = dict(arrays)
@@ -148,6 +150,7 @@ def _prepared(key: Any, values: Mapping[str, Any]) -> _Call | None:
 
 def _prepare(
     spec: KernelSpec[Any, Any],
+    library: Library,
     arrays: Mapping[str, Any],
     views: Mapping[str, View],
     device: int,
@@ -160,7 +163,7 @@ def _prepare(
     new = {name: View(0, x.shape, c_strides(x.shape), x.dtype, device) for name, x in made.items()}
     for name, view in new.items():
         check_room(name, "a result", view, view.shape)
-    config = _chosen(spec, problem, config)
+    config = _chosen(spec, problem, config, library, device)
     plan = Plan.of(spec, problem, config, {**views, **new}, device, sm_margin=sm_margin)
     unknown = [name for name in plan.arrays if name not in operands]
     if unknown:
@@ -169,9 +172,9 @@ def _prepare(
     return _Call(plan, made, written)
 
 
-def _chosen(spec: KernelSpec[Any, Any], problem: Any, config: Any) -> Any:
+def _chosen(spec: KernelSpec[Any, Any], problem: Any, config: Any, library: Library, device: int) -> Any:
     if config is None:
-        return spec.pick(problem)
+        return choice.for_call(spec, problem, device, library.stream(device)).config
     config_fields(config)
     reason = spec.refusal(problem, config)
     if reason is not None:

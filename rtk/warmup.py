@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rtk import driver, jit, shapes
+from rtk import jit, shapes
 from rtk.autotune import choice
-from rtk.autotune.keys import USUAL_GPU, Gpu
+from rtk.autotune.keys import gpu_here
 from rtk.cache import Cache, default_cache
 from rtk.errors import ArgumentError
 from rtk.kernels.attention_fwd import SPEC
@@ -54,7 +54,7 @@ def warmup(
         ToolchainError: there is no NVRTC; `rtk doctor` says what to install.
     """
     cache = default_cache() if out is None else Cache(out, for_everyone=True)
-    gpu = Gpu.of(0) if driver.available() else USUAL_GPU
+    gpu = gpu_here()
     served: dict[jit.Source, list[AttentionProblem]] = {}
     for asked in problems:
         problem = _problem(asked)

@@ -9,6 +9,8 @@ from typing import Any
 
 from gpu_cases import Case, mask_options
 
+from rtk.autotune import choice
+from rtk.autotune.keys import gpu_here
 from rtk.kernels.attention_fwd import SPEC
 
 Four = tuple[int, int, int, int]
@@ -139,7 +141,9 @@ class Call:
         problem = self.case.problem()
         if self.pin:
             return SPEC.config(problem, **dict(self.pin))
-        return SPEC.pick(problem.without_batch() if self.batch_invariant else problem)
+        if self.batch_invariant:
+            return SPEC.pick(problem.without_batch())
+        return choice.choose(SPEC, problem, gpu_here()).config
 
     def pinned(self) -> Call:
         """The same call, asking for the configuration that it would run with."""

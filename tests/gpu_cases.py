@@ -13,6 +13,8 @@ from yardstick import DTYPES, attention_f64, check, check_lse, make_inputs, plai
 
 import rtk
 from rtk import jit
+from rtk.autotune import choice
+from rtk.autotune.keys import gpu_here
 from rtk.kernels.attention_fwd import SPEC
 from rtk.problem import attention_problem
 
@@ -241,6 +243,6 @@ def judge(gpu: Any, got: tuple[Any, Any], case: Case, arrays: list[np.ndarray], 
 
 def build(cases: list[Case], configs: list[Any] | None = None) -> None:
     """Compiles the cases' kernels in parallel; what a call would compile on its own, one after another."""
-    configs = configs or [SPEC.pick(case.problem()) for case in cases]
+    configs = configs or [choice.choose(SPEC, case.problem(), gpu_here()).config for case in cases]
     sources = {source.name: source for source in map(SPEC.render, configs)}
     jit.build_many(list(sources.values()))

@@ -23,7 +23,7 @@ static double noise(void) { return 1.0 + 0.01 * ((double)rand() / RAND_MAX - 0.5
 
 int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int* v) { *v = 13000; return 0; }
-int cuDeviceGetCount(int* n) { *n = 1; return 0; }
+int cuDeviceGetCount(int* n) { const char* count = getenv("PRETENDED_GPUS"); *n = count ? atoi(count) : 1; return 0; }
 int cuDeviceGetName(char* name, int n, int d) { strncpy(name, "NVIDIA H200", n); return 0; }
 int cuDeviceGetUuid_v2(unsigned char* u, int d) { memset(u, 7, 16); return 0; }
 int cuDeviceTotalMem_v2(size_t* n, int d) { *n = (size_t)1 << 37; return 0; }
@@ -46,6 +46,8 @@ int cuCtxPushCurrent_v2(void* c) { return 0; }
 int cuCtxPopCurrent_v2(void** c) { return 0; }
 int cuStreamCreate(void** s, unsigned f) { *s = malloc(1); live++; return 0; }
 int cuStreamDestroy_v2(void* s) { free(s); live--; return 0; }
+int cuStreamIsCapturing(void* s, int* c) { *c = capturing; return 0; }
+int cuCtxSynchronize(void) { return 0; }
 int cuStreamSynchronize(void* s) { return 0; }
 int cuMemAlloc_v2(uint64_t* p, size_t n) {
     void* m = NULL;
@@ -80,6 +82,7 @@ int cuStreamEndCapture(void* s, Graph** g) {
 int cuGraphInstantiateWithFlags(Graph** e, Graph* g, unsigned long long f) {
     *e = malloc(sizeof(Graph)); **e = *g; live++; return 0;
 }
+int cuGraphUpload(Graph* g, void* s) { return 0; }
 int cuGraphDestroy(Graph* g) { free(g); live--; return 0; }
 int cuGraphExecDestroy(Graph* g) { free(g); live--; return 0; }
 int cuGraphLaunch(Graph* g, void* s) { run(g->us); return 0; }

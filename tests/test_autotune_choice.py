@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from test_autotune_store import H200, choice_of
 
 import rtk
 from rtk import driver, ops, shapes, toolchain, warmup
-from rtk.autotune import choice, exchange, keys, recording
+from rtk.autotune import choice, exchange, keys, model, recording
 from rtk.autotune.keys import USUAL_GPU, Gpu, Place
 from rtk.autotune.store import Store
 from rtk.cli import main
@@ -55,8 +56,14 @@ def chosen(line=LINE, gpu=H200):
 # --- what is chosen --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_choice_it_is_the_kernels_own_pick():
-    assert chosen() == choice.Chosen(SPEC.pick(PROBLEM), "pick")
+def modelled(problem=PROBLEM, gpu=H200):
+    return model.pick(SPEC, problem, model.Machine.of(gpu))
+
+
+def test_without_a_choice_it_is_the_models_pick():
+    assert chosen() == choice.Chosen(modelled(), "model")
+    with choice.using("off"):
+        assert chosen() == choice.Chosen(SPEC.pick(PROBLEM), "pick")
 
 
 def test_a_stored_choice_is_taken_by_all_of_its_bucket():
@@ -80,18 +87,20 @@ def test_a_stored_choice_is_taken_by_all_of_its_bucket():
 )
 def test_no_other_problem_takes_it(line):
     store(BLOCK_N=64)
-    assert chosen(line).origin == "pick"
-    assert chosen(gpu=Gpu("NVIDIA H100 PCIe", 114, 1593000)).origin == "pick"
+    assert chosen(line).origin == "model"
+    assert chosen(gpu=Gpu("NVIDIA H100 PCIe", 114, 1593000)).origin == "model"
 
 
 def test_a_miss_asks_the_nearest_neighbour():
     near, far = (
-        store("b=2,hq=16,sq=8192,d=128,causal", BLOCK_N=64),
-        store("b=2,hq=16,sq=16384,d=128,causal", BLOCK_N=96),
+        store("b=2,hq=16,sq=5793,d=128,causal", BLOCK_N=64),
+        store("b=2,hq=16,sq=11585,d=128,causal", BLOCK_N=96),
     )
     found = chosen()
     assert (found.origin, found.choice) == ("neighbour", near)
-    assert chosen("b=2,hq=16,sq=32768,d=128,causal").choice == far
+    assert chosen("b=2,hq=16,sq=16384,d=128,causal").choice == far
+    assert chosen("b=1,hq=16,sq=5793,d=128,causal").choice == near
+    assert chosen("b=1,hq=16,sq=4096,d=128,causal").origin == "model", "four half-steps"
 
 
 def test_a_choice_that_cannot_serve_is_passed_over():
@@ -99,7 +108,7 @@ def test_a_choice_that_cannot_serve_is_passed_over():
     for wrong in ({"BLOCK_N": 4096}, {"HEAD_DIM": 64}, {"NO_SUCH_FIELD": 1}, {"PINGPONG": 1}):
         Store().put(replace(put, config={**put.config, **wrong}))
         choice.reload()
-        assert chosen().origin == "pick", wrong
+        assert chosen().origin == "model", wrong
 
 
 def test_what_was_measured_here_goes_before_what_was_shipped(tmp_path):
@@ -125,7 +134,7 @@ def test_a_choice_is_of_the_sources_that_were_timed(monkeypatch, tmp_path):
     assert choice.choose(spec, PROBLEM, H200).origin == "stored", "the same text elsewhere"
     with (edited / "rtk" / "softmax.cuh").open("a") as file:
         file.write("\n// another\n")
-    assert choice.choose(type(SPEC)(), PROBLEM, H200).origin == "pick"
+    assert choice.choose(type(SPEC)(), PROBLEM, H200).origin == "model"
 
 
 @given(st.integers(1, 2**30))
@@ -137,10 +146,13 @@ def test_half_steps_are_half_steps(size):
 def test_a_call_takes_it_and_a_batch_invariant_one_does_not(monkeypatch):
     monkeypatch.setattr(driver, "device_properties", lambda device: H200)
     choices = ops._Choices(None, False, 0)
-    assert ops._chosen(PROBLEM, choices, 0) == SPEC.pick(PROBLEM)
+    library = SimpleNamespace(stream=lambda device: 0)
+    assert ops._chosen(PROBLEM, choices, library, 0) == modelled()
     store(BLOCK_N=64)
-    assert ops._chosen(PROBLEM, choices, 0).BLOCK_N == 64
-    assert ops._chosen(PROBLEM, replace(choices, batch_invariant=True), 0) == SPEC.pick(PROBLEM.without_batch())
+    assert ops._chosen(PROBLEM, choices, library, 0).BLOCK_N == 64
+    assert ops._chosen(PROBLEM, replace(choices, batch_invariant=True), library, 0) == SPEC.pick(
+        PROBLEM.without_batch()
+    )
 
 
 @pytest.mark.skipif(not toolchain.find_nvrtc(), reason="no NVRTC")
@@ -163,7 +175,7 @@ def test_a_lookup_is_quick():
         sizes = tuple((name, step + n % 7) for name, step in place.bucket.sizes)
         Store().put(replace(choice_of(LINE), place=replace(place, bucket=replace(place.bucket, sizes=sizes))))
     chosen()
-    table = choice._tables()[SPEC.name, choice.digest_of(SPEC), H200]
+    table = choice._tables()[SPEC.name][choice.digest_of(SPEC), H200]
     bucket = SPEC.bucket(PROBLEM)
     spent = []
     for _ in range(20):
@@ -230,10 +242,10 @@ def test_a_damaged_store_does_not_stop_a_call(tmp_path):
     (tmp_path / "cache").mkdir(0o700)
     (tmp_path / "cache" / "autotune.sqlite3").write_bytes(b"x" * 5000)
     with pytest.warns(CacheWarning, match="is damaged"):
-        assert chosen().origin == "pick"
+        assert chosen().origin == "model"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen().origin == "pick"
+        assert chosen().origin == "model"
 
 
 # --- recording -------------------------------------------------------------------------------------------------------
@@ -290,7 +302,7 @@ def test_export_import_on_another_folder_and_the_choice_is_taken(capsys, monkeyp
     assert call(capsys, "export", file)[:2] == (0, f"{file}: 1 choice\n")
     monkeypatch.setenv("RTK_CACHE_DIR", str(tmp_path / "another"))
     choice.reload()
-    assert chosen().origin == "pick"
+    assert chosen().origin == "model"
     code, out, _ = call(capsys, "import", file)
     assert code == 0 and "1 choice" in out and "1 of them of this version's kernels" in out
     choice.reload()
@@ -307,7 +319,7 @@ def test_export_import_on_another_folder_and_the_choice_is_taken(capsys, monkeyp
 def test_show_says_what_a_call_gets_and_why(capsys, monkeypatch):
     monkeypatch.setattr(driver, "available", lambda: False)
     code, out, _ = call(capsys, "show", "--shape", LINE)
-    assert code == 0 and "first pick" in out and "m128n128" in out
+    assert code == 0 and "cost model's pick" in out and SPEC.label(modelled()) in out
     Store().put(choice_of(LINE, gpu=USUAL_GPU, BLOCK_N=64), [keys.Timed({"BLOCK_N": 64}, 99.0, 98.0, 100.0, 15)])
     choice.reload()
     code, out, _ = call(capsys, "show", "--shape", LINE)
@@ -323,7 +335,7 @@ def test_choices_of_other_sources_are_kept_but_marked(capsys, tmp_path):
     code, out, _ = call(capsys, "import", str(tmp_path / "file.json"))
     assert code == 0 and "0 of them of this version's kernels" in out
     assert "other sources" in call(capsys, "list")[1]
-    assert chosen().origin == "pick"
+    assert chosen().origin == "model"
 
 
 @pytest.mark.parametrize(

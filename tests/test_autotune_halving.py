@@ -60,6 +60,16 @@ def test_what_is_hopeless_is_timed_once():
     assert found.winner == 0 and len(found.rounds[1]) == len(found.rounds[3]) == halving.FIRST_ROUNDS
 
 
+@given(st.lists(st.floats(10.0, 30.0), min_size=33, max_size=188), st.integers(0, 2**32))
+def test_many_are_screened_first(true_us, seed):
+    card = Card(true_us, seed)
+    found = halving.best(len(true_us), card)
+    assert true_us[found.winner] <= 1.03 * min(true_us)
+    assert all(found.rounds.values()), "each was timed"
+    slow = [index for index, us in enumerate(true_us) if us > 1.5 * min(true_us)]
+    assert all(len(found.rounds[index]) == 2 for index in slow)
+
+
 def test_one_candidate_needs_one_rung():
     card = Card([10.0], 0)
     assert halving.best(1, card).winner == 0 and card.turns == halving.FIRST_ROUNDS

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rtk import driver, shapes, toolchain
-from rtk.autotune import choice, recording, search
+from rtk.autotune import choice, model, online, ranks, recording, search
 from rtk.autotune.keys import Gpu, Place
 from rtk.autotune.store import Store
 from rtk.cli import main
-from rtk.errors import DriverError, RtkError
+from rtk.errors import ArgumentError, DriverError, RtkError
 from rtk.kernels.attention_fwd import AttentionFwd
+from rtk.spec import config_fields
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("gcc") is None, reason="the pretended driver needs gcc"),
@@ -54,12 +57,20 @@ def compiled(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def cubins(tmp_path_factory):
+    """Kernels that an earlier test compiled."""
+    folder = tmp_path_factory.mktemp("cubins")
+    folder.chmod(0o700)
+    return folder
+
+
 @pytest.fixture
-def card(compiled, tmp_path, monkeypatch):
+def card(compiled, cubins, tmp_path, monkeypatch):
     """Sets how long kernels take, by a part of their names; at the end everything must have been given back."""
     library = ctypes.CDLL(str(compiled))
     monkeypatch.setattr(driver, "library", lambda: library)
-    monkeypatch.setenv("RTK_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("RTK_CACHE_DIR", f"{cubins}{os.pathsep}{tmp_path / 'cache'}")
     monkeypatch.setenv("PRETENDED_TIMES", str(tmp_path / "times"))
     monkeypatch.setattr(choice, "_state", choice._State())
     monkeypatch.setattr("rtk.launch._loaded", {})
@@ -70,6 +81,8 @@ def card(compiled, tmp_path, monkeypatch):
 
     set_times()
     yield set_times
+    for cubin in (tmp_path / "cache").glob("*.cubin"):
+        cubin.replace(cubins / cubin.name)
     driver.device_properties.cache_clear()
     assert library.pretended_live() == 0
 
@@ -80,11 +93,13 @@ def spec():
 
 
 def test_the_fastest_is_found_and_taken_by_the_next_call(card, spec):
-    card(n176=40, m192=60, n144=44)
-    found = search.tune(spec, PROBLEM, 0, text=LINE, candidates=12)
+    pick = model.pick(spec, PROBLEM, model.Machine.of(Gpu.of(0)))
+    assert pick.BLOCK_N != 176
+    card(n176=40, **{f"n{pick.BLOCK_N}": 60})
+    found = search.tune(spec, PROBLEM, 0, candidates=12)
     assert found.choice.config["BLOCK_N"] == 176 and found.choice.us == pytest.approx(40, rel=0.02)
     assert found.pick_us == pytest.approx(60, rel=0.02) and found.gain == pytest.approx(1.5, rel=0.05)
-    assert found.stored and 2 <= len(found.timings) <= 13
+    assert found.stored and 2 <= len(found.timings) <= 14
     choice.reload()
     taken = choice.choose(spec, PROBLEM, Gpu.of(0))
     assert taken.origin == "stored" and taken.config.BLOCK_N == 176
@@ -94,7 +109,8 @@ def test_the_fastest_is_found_and_taken_by_the_next_call(card, spec):
 def test_a_winner_that_is_wrong_is_passed_over(card, spec):
     card(n176=40, n144=44)
     spec.wrong = (176,)
-    assert search.tune(spec, PROBLEM, 0, candidates=12).choice.config["BLOCK_N"] == 144
+    with pytest.warns(RuntimeWarning, match="BLOCK_N': 176.*it is planted"):
+        assert search.tune(spec, PROBLEM, 0, candidates=12).choice.config["BLOCK_N"] == 144
 
 
 def test_where_all_are_wrong_nothing_is_stored(card, spec):
@@ -109,16 +125,31 @@ def test_what_cannot_be_launched_is_left_out(card, spec):
     found = search.tune(spec, PROBLEM, 0, candidates=12)
     assert found.choice.config["BLOCK_N"] == 144
     assert all(timed.config["BLOCK_N"] != 176 for timed in found.timings)
-    card(m192=-1)
+    card(attention=-1)
     with pytest.raises(DriverError):
         search.tune(Trusting(), shapes.parse("hq=4,sq=900,d=56"), 0, candidates=2)
 
 
 def test_what_was_best_before_is_tried_again(card, spec):
-    card(n80=30)
-    assert search.tune(spec, PROBLEM, 0, candidates=60).choice.config["BLOCK_N"] == 80
-    again = search.tune(spec, PROBLEM, 0, candidates=1)
-    assert again.choice.config["BLOCK_N"] == 80
+    space = spec.configs(PROBLEM)
+    late = space[model.ranked(spec, PROBLEM, space, model.Machine.of(Gpu.of(0)))[14]]
+    card(**{spec.label(late): 30})
+    assert search.tune(spec, PROBLEM, 0, candidates=16).choice.config == config_fields(late)
+    again = search.tune(spec, PROBLEM, 0, candidates=1, again=True)
+    assert again.choice.config == config_fields(late) and len(again.timings) <= 5
+
+
+def test_only_what_is_new_is_tried(card, spec, monkeypatch):
+    first = search.tune(spec, PROBLEM, 0, candidates=4)
+    gpu = Gpu.of(0)
+    assert search.untried(spec, PROBLEM, gpu, Store(), 4) == []
+    new = search.untried(spec, PROBLEM, gpu, Store(), 6)
+    assert len(new) == 2
+    second = search.tune(spec, PROBLEM, 0, candidates=6)
+    assert len(second.timings) <= 2 + 1 + 2, "the new, the first pick, and the two best of before"
+    assert len(Store().timings(Place.of(spec, PROBLEM, gpu))) == len(first.timings) + 2
+    again = search.tune(spec, PROBLEM, 0, candidates=6, again=True)
+    assert len(again.timings) == len(first.timings) + 2
 
 
 def test_ctrl_c_gives_everything_back_and_stores_nothing(card, spec, monkeypatch):
@@ -137,6 +168,111 @@ def test_ctrl_c_gives_everything_back_and_stores_nothing(card, spec, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         search.tune(spec, PROBLEM, 0, candidates=6)
     assert Store().choices() == []
+
+
+# --- amid calls -----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_call_of_a_bucket_tunes_it(card, spec, monkeypatch, caplog):
+    monkeypatch.setattr(online, "_settled", set())
+    card(n176=40)
+    assert choice.for_call(spec, PROBLEM, 0, 0).origin == "model", "not unless it is asked for"
+    caplog.set_level("INFO", "rtk")
+    with choice.using("tune"):
+        found = choice.for_call(spec, PROBLEM, 0, 0)
+        assert (found.origin, found.config.BLOCK_N) == ("stored", 176) and "tuned b=1,hq=4" in caplog.text
+        card(n176=90, n144=20)
+        assert choice.for_call(spec, PROBLEM, 0, 0).config.BLOCK_N == 176, "once"
+        monkeypatch.setattr(driver, "is_capturing", lambda stream: True)
+        other = shapes.parse(f"{LINE},causal")
+        assert choice.for_call(spec, other, 0, 0).origin == "model", "nothing is timed while a graph is captured"
+
+
+def test_a_call_does_not_fail_for_its_tuning(card, spec, monkeypatch):
+    monkeypatch.setattr(online, "_settled", set())
+    spec.wrong = tuple(range(32, 193, 16))
+    with choice.using("tune"), pytest.warns(RuntimeWarning, match="is not tuned.*no candidate gives the right answer"):
+        assert choice.for_call(spec, PROBLEM, 0, 0).origin == "model"
+    with choice.using("tune"):
+        assert choice.for_call(spec, PROBLEM, 0, 0).origin == "model", "nor is it tried again"
+
+
+@pytest.mark.parametrize(
+    ("environment", "may"),
+    [
+        ({}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, False),
+        ({"SLURM_LOCALID": "3", "SLURM_NTASKS": "4"}, False),
+        ({"SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}, False),
+        ({"LOCAL_RANK": "one", "WORLD_SIZE": "8"}, True),
+    ],
+)
+def test_one_process_of_a_machine_tunes(environment, may):
+    assert ranks.may_tune(environment) is may
+
+
+def test_what_the_others_do_is_checked():
+    assert (ranks.policy({}), ranks.policy({"RTK_AUTOTUNE_RANKS": "wait"})) == ("pick", "wait")
+    with pytest.raises(ArgumentError, match=r"RTK_AUTOTUNE_RANKS.*later.*pick, wait"):
+        ranks.policy({"RTK_AUTOTUNE_RANKS": "later"})
+
+
+_RANK = """
+import os, sys, warnings
+sys.path.insert(0, sys.argv[1])
+import ctypes
+from rtk import driver, shapes
+from rtk.autotune import choice
+from rtk.kernels.attention_fwd import AttentionFwd
+library = ctypes.CDLL(sys.argv[2])
+driver.library = lambda: library
+AttentionFwd.verify = lambda self, problem, arrays, results: ""
+spec = AttentionFwd()
+found = choice.for_call(spec, shapes.parse(sys.argv[3]), 0, 0)
+print(found.origin, found.config.BLOCK_N)
+"""
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("pick", "model"), ("wait", "stored 176")])
+def test_a_job_of_four(card, compiled, tmp_path, policy, expected):
+    """As torchrun starts it: one tunes, the others take the model's pick or wait for the result."""
+    card(n176=40)
+    job = {**os.environ, "RTK_AUTOTUNE": "tune", "RTK_AUTOTUNE_RANKS": policy, "WORLD_SIZE": "4"}
+    arguments = ["-c", _RANK, str(Path(__file__).parent), str(compiled), LINE]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in started]
+    assert said[0].strip() == "stored 176" and all(each.startswith(expected) for each in said[1:]), said
+    assert len(Store().choices()) == 1
+
+
+def test_eight_that_tune_at_once_lose_nothing(card, compiled, tmp_path):
+    """Of their own accord: each bucket is tuned by one of them, and all of them take what it found."""
+    card(n176=40)
+    lines = [LINE, f"{LINE},causal"]
+    arguments = ["-c", _RANK, str(Path(__file__).parent), str(compiled)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments, lines[number % 2]],
+            env={**os.environ, "RTK_AUTOTUNE": "tune"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(8)
+    ]
+    said = [process.communicate(timeout=240)[0].strip() for process in started]
+    assert said == ["stored 176"] * 8
+    assert len(Store().choices()) == 2
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -187,6 +323,42 @@ def test_a_run_that_ends_goes_on(card, trusting, capsys):
     assert code == 1 and len(json.loads(out)["left"]) == 2 and "goes on" in err
     code, out, _ = command(capsys, "run", *shapes_of, "--json")
     assert code == 0 and len(json.loads(out)["tuned"]) == 2
+
+
+def test_several_gpus_have_a_process_each(card, compiled, trusting, capsys, monkeypatch, tmp_path):
+    """The command as a user starts it; its workers are processes of their own."""
+    card(n176=40)
+    monkeypatch.setenv("PRETENDED_GPUS", "2")
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pretend; from rtk.cli import main"
+    (tmp_path / "pretend.py").write_text(
+        "import ctypes\nfrom rtk import driver\nfrom rtk.kernels.attention_fwd import AttentionFwd\n"
+        f"library = ctypes.CDLL({str(compiled)!r})\ndriver.library = lambda: library\n"
+        "AttentionFwd.verify = lambda self, problem, arrays, results: ''\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text("import pretend\n")
+    lines = [LINE, f"{LINE},causal", "hq=4,sq=300,d=64"]
+    arguments = ["autotune", "run", *(part for line in lines for part in ("--shape", line)), "--gpus", "all", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{start}; sys.exit(main({arguments!r}))"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(each["config"]["BLOCK_N"] for each in json.loads(done.stdout)["tuned"]) == [176] * 3
+    assert len(Store().choices()) == 3
+    code, _, err = command(capsys, "run", "--shape", LINE, "--gpus", "0,7")
+    assert code == 1 and "device: received 7; accepted: a GPU's number, 0 to 1" in err
+    code, _, err = command(capsys, "run", "--shape", LINE, "--gpus", "some")
+    assert code == 1 and "--gpus" in err
+
+
+def test_one_that_cannot_be_tuned_does_not_stop_the_others(card, capsys):
+    card(n176=40)
+    code, out, err = command(capsys, "run", "--shape", LINE, "--json")
+    failed = json.loads(out)["failed"]
+    assert code == 1 and "no candidate gives the right answer" in failed[0]["error"] and "not tuned: b=1,hq=4" in err
 
 
 def test_shapes_that_a_program_used_are_tuned(card, trusting, capsys, monkeypatch):

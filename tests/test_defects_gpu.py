@@ -33,7 +33,8 @@ def sources(folder: Path, defect: Defect | None) -> Path:
 
 def failures(package: Path, checks: list[str], cache: Path, debug: str) -> dict[str, str | None]:
     """What each check says when it runs against the package: None where it passes."""
-    environment = {**os.environ, "PYTHONPATH": str(package), "RTK_CACHE_DIR": str(cache), "RTK_DEBUG": debug}
+    environment = {**os.environ, "PYTHONPATH": str(package), "RTK_CACHE_DIR": str(cache)}
+    environment |= {"RTK_DEBUG": debug, "RTK_AUTOTUNE": "off"}  # the configs for which the checks were chosen
     command = [sys.executable, str(TESTS / "kernel_checks.py"), *checks]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=package)
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

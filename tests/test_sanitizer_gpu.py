@@ -21,7 +21,7 @@ def sanitize(tool: str, package: Path, cache: Path) -> subprocess.CompletedProce
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
-    environment = {**os.environ, "PYTHONPATH": str(package), "RTK_CACHE_DIR": str(cache)}
+    environment = {**os.environ, "PYTHONPATH": str(package), "RTK_CACHE_DIR": str(cache), "RTK_AUTOTUNE": "off"}
     grid = [sys.executable, str(TESTS / "sanitizer_grid.py")]
     subprocess.run(
         grid, env=environment, check=True, capture_output=True, timeout=300

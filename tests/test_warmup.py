@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from rtk import jit, shapes, toolchain
+from rtk.autotune import choice
+from rtk.autotune.keys import gpu_here
 from rtk.cache import Cache
 from rtk.cli import main
 from rtk.cli import warmup as command
@@ -46,8 +48,12 @@ def compiled(monkeypatch) -> list[str]:
     return names
 
 
+def chosen(problem):
+    return choice.choose(SPEC, problem, gpu_here()).config
+
+
 def name_of(line: str) -> str:
-    return SPEC.label(SPEC.pick(shapes.parse(line)))
+    return SPEC.label(chosen(shapes.parse(line)))
 
 
 def call(capsys, *arguments):
@@ -73,7 +79,7 @@ def test_the_kernels_that_calls_will_ask_for(compiled, tmp_path):
     assert all(kernel.stored for kernel in found) and sorted(compiled) == sorted(map(name_of, (SMALL, CAUSAL)))
     assert [(done, total) for done, total, _ in seen] == [(1, 2), (2, 2)]
     jit._memory.clear()
-    binary = jit.build(SPEC.render(SPEC.pick(shapes.parse(SMALL))))  # as a call does, in the same folder
+    binary = jit.build(SPEC.render(chosen(shapes.parse(SMALL))))  # as a call does, in the same folder
     assert binary.report.from_cache and binary.key == found[0].binary.key
     assert len(compiled) == 2 and len(Cache(tmp_path / "cache").items()) == 2
 
@@ -246,4 +252,4 @@ def test_a_warmed_process_compiles_nothing(tmp_path):
     assert all(kernel["registers"] and kernel["cubin_bytes"] > 1000 for kernel in reports[1]["kernels"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert jit.build(SPEC.render(SPEC.pick(shapes.parse(WIDE)))).report.from_cache
+        assert jit.build(SPEC.render(chosen(shapes.parse(WIDE)))).report.from_cache

@@ -50,6 +50,21 @@ _RAGGED = _cells(
     *(f"b=4,hq=16,sq=4096,d={d}{_mask(causal)}" for d in (72, 80, 96) for causal in (False, True)),
     *(f"b=4,hq=16,sq=4096,d=192,dv=128{_mask(causal)}" for causal in (False, True)),
 )
+# Prefill of language models, whole models or a share of one GPU of eight; then encoders and image and video models.
+_MODELS = _cells(
+    *("hq=32,hk=8,sq=2048,d=128,causal", "hq=32,hk=8,sq=8192,d=128,causal"),  # Llama 3 8B, Qwen3 8B
+    *("hq=64,hk=8,sq=4096,d=128,causal", "b=4,hq=8,hk=1,sq=4096,d=128,causal"),  # Llama 3 70B, Qwen3 32B
+    *("hq=28,hk=4,sq=4096,d=128,causal", "b=4,hq=14,hk=2,sq=2048,d=64,causal"),  # Qwen2.5 7B, 0.5B
+    *("hq=32,hk=8,sq=8192,d=128,window=4095:0", "hq=32,hk=8,sq=16384,d=128,window=4095:0"),  # Mistral 7B
+    *("hq=16,hk=8,sq=4096,d=256,causal,softcap=50", "hq=16,hk=8,sq=8192,d=256,window=4095:0,softcap=50"),  # Gemma 2
+    *("hq=8,hk=4,sq=8192,d=256,causal", "hq=8,hk=4,sq=8192,d=256,window=1023:0"),  # Gemma 3
+    *("hq=128,sq=4096,d=192,dv=128,causal", "b=2,hq=16,sq=8192,d=192,dv=128,causal"),  # DeepSeek V3
+    *("b=8,hq=12,sq=1024,d=64,causal", "b=8,hq=20,sq=1500,d=64"),  # GPT-2, Whisper large
+    *("b=32,hq=16,sq=512,d=64", "b=64,hq=12,sq=197,d=64"),  # BERT large, ViT-B/16
+    *("b=32,hq=16,sq=577,d=64", "b=16,hq=16,sq=729,d=72"),  # ViT-L/14 at 336, SigLIP So400m
+    *("b=32,hq=16,sq=257,d=80", "b=32,hq=16,sq=256,d=72"),  # ViT-H/14, DiT-XL/2
+    *("hq=24,sq=4608,d=128", "hq=12,sq=32760,d=128"),  # FLUX.1, Wan 1.3B
+)
 _TOY = _cells("b=1,hq=8,sq=128,d=64", "b=1,hq=8,sq=128,d=128,causal")
 _COLD = _cells("b=2,hq=16,sq=8192,d=128,causal")
 _COLD_OURS = tuple(
@@ -91,6 +106,7 @@ SUITES = [
     Suite("long", "Long context, causal, and the memory it takes", _LONG, measure.times_and_memory, rounds=7),
     Suite("gqa", "Grouped-query and multi-query attention", _GQA),
     Suite("ragged", "Lengths and head_dims that are no powers of two", _RAGGED),
+    Suite("models", "Attention of common models", _MODELS),
     Suite("overhead", "CPU time of one call", _TOY, measure.overhead, rounds=11, method=_OVERHEAD),
     Suite(
         "coldstart",

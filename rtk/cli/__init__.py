@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     autotune.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="run: end before (%(default)g)")
     autotune.add_argument("--exhaustive", action="store_true", help="run: the whole space, not the model's best")
     autotune.add_argument("--again", action="store_true", help="run: what is stored already, too")
+    autotune.add_argument("--gpus", default="0", metavar="LIST", help="run: all, or numbers such as 0,1 (%(default)s)")
     autotune.add_argument("--gpu", metavar="WORD", help="only choices of GPUs with this in their name")
     autotune.add_argument("--limit", type=_count, default=10, metavar="N", help="show, explain: lines (10)")
     autotune.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")

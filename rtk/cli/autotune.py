@@ -7,17 +7,17 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rtk import driver, kernels, shapes, toolchain
-from rtk.autotune import choice, exchange, model, search, session
-from rtk.autotune.keys import USUAL_GPU, Choice, Gpu, Place, digest
+from rtk.autotune import choice, exchange, manage, search, session
+from rtk.autotune.keys import Choice, Place, digest, gpu_here
 from rtk.autotune.store import Store
 from rtk.cache import default_cache
 from rtk.cli import console
-from rtk.errors import ArgumentError, ToolchainError
+from rtk.errors import ArgumentError
 from rtk.kernels.attention_fwd import SPEC
 from rtk.spec import config_fields
 
@@ -38,25 +38,38 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     problems = _problems(arguments)
-    deadline = time.monotonic() + 60 * arguments.minutes
     with console.Progress(quiet=arguments.json) as progress:
         watcher = _Watcher(progress)
         try:
-            summary = session.run(
+            summary = manage.run(
                 problems,
-                _device(),
-                watcher,
-                candidates=None if arguments.exhaustive else search.CANDIDATES,
-                deadline=deadline,
+                devices=_devices(arguments.gpus),
+                exhaustive=arguments.exhaustive,
                 again=arguments.again,
+                minutes=arguments.minutes,
+                watcher=watcher,
             )
         except KeyboardInterrupt:
             print(f"rtk: interrupted: {_count(len(watcher.done))} stored; the same command goes on", file=sys.stderr)
             return 130
-    report = {
+    if arguments.json:
+        console.write_json(_report(summary))
+    else:
+        _print_summary(summary)
+    for failed in summary.failed:
+        print(f"rtk: not tuned: {shapes.describe(failed.problem)}: {failed.error}", file=sys.stderr)
+    if summary.left:
+        print(f"rtk: {len(summary.left)} problems are left: the same command goes on from there", file=sys.stderr)
+    whole = not summary.left and not summary.failed and all(found.stored for found in summary.tuned)
+    return 0 if whole else 1
+
+
+def _report(summary: session.Summary) -> dict[str, Any]:
+    return {
         "folder": str(Store().folder),
         "known": summary.known,
         "left": [shapes.describe(problem) for problem in summary.left],
+        "failed": [{"shape": shapes.describe(each.problem), "error": str(each.error)} for each in summary.failed],
         "tuned": [
             {
                 "shape": found.choice.problem,
@@ -70,29 +83,31 @@ def _run(arguments: argparse.Namespace) -> int:
             for found in summary.tuned
         ],
     }
-    if arguments.json:
-        console.write_json(report)
-    else:
-        rows = [
-            (t.choice.problem, _fields(t.choice.config), f"{t.choice.us:.1f}", f"{t.gain:.3f}", f"{t.seconds:.1f}")
-            for t in summary.tuned
-        ]
-        if rows:
-            print(console.table(("problem", "config", "us", "over first pick", "s"), rows, left=2))
-        gain = math.exp(statistics.fmean(math.log(t.gain) for t in summary.tuned)) if summary.tuned else 1.0
-        known = f"{summary.known} known before"
-        print(f"{_count(len(summary.tuned))} stored, {known}; {gain:.3f} times the first pick's speed")
-    if summary.left:
-        print(f"rtk: {len(summary.left)} problems are left: the same command goes on from there", file=sys.stderr)
-    return 1 if summary.left or not all(found.stored for found in summary.tuned) else 0
+
+
+def _print_summary(summary: session.Summary) -> None:
+    rows = [
+        (t.choice.problem, _fields(t.choice.config), f"{t.choice.us:.1f}", f"{t.gain:.3f}", f"{t.seconds:.1f}")
+        for t in summary.tuned
+    ]
+    if rows:
+        print(console.table(("problem", "config", "us", "over first pick", "s"), rows, left=2))
+    known = f"{_count(len(summary.tuned))} stored, {summary.known} known before"
+    print(f"{known}; {_mean_gain(summary.tuned):.3f} times the first pick's speed")
+
+
+def _mean_gain(tuned: Sequence[search.Tuned]) -> float:
+    return math.exp(statistics.fmean(math.log(found.gain) for found in tuned)) if tuned else 1.0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     """Times stored choices again."""
-    rows, slower = [], 0
-    for stored, now, pick in session.verify(_matching(Store().choices(), arguments.gpu), _device()):
-        slower += now > pick * _SLOWER
-        rows.append((stored.problem, f"{stored.us:.1f}", f"{now:.1f}", f"{pick:.1f}", _state(stored)))
+    found = manage.verify(arguments.gpu)
+    slower = sum(each.slower for each in found)
+    rows = [
+        (each.choice.problem, *(f"{us:.1f}" for us in (each.choice.us, each.us, each.pick_us)), _state(each.choice))
+        for each in found
+    ]
     if arguments.json:
         names = ("problem", "us", "us_now", "pick_us_now", "state")
         console.write_json({"choices": [dict(zip(names, row, strict=True)) for row in rows], "slower": slower})
@@ -102,45 +117,53 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if slower else 0
 
 
-_SLOWER = 1.02
-
-
 def _explain(arguments: argparse.Namespace) -> int:
     """The model's estimate beside the measured time of every candidate of one shape."""
     if len(arguments.shape) != 1:
         arguments.parser.error("explain needs one --shape SHAPE")
-    (problem,) = arguments.shape
-    gpu = Gpu.of(0) if driver.available() else USUAL_GPU
-    timings = {tuple(sorted(t.config.items())): t for t in Store().timings(Place.of(SPEC, problem, gpu))}
-    space = SPEC.configs(problem)
-    estimates = model.estimate_us(SPEC, problem, space, model.Machine(sm_count=gpu.sm_count))
-    found = choice.choose(SPEC, problem, gpu)
-    rows = []
-    for config, estimate in zip(space, estimates, strict=True):
-        timed = timings.get(tuple(sorted(config_fields(config).items())))
-        rows.append((timed.us if timed else None, float(estimate), config))
-    rows.sort(key=lambda row: (row[0] is None, row[0] or row[1]))
+    found = manage.explain(arguments.shape[0])
+    config = found.chosen.config
     if arguments.json:
         console.write_json(
             {
-                "shape": shapes.describe(problem),
-                "label": SPEC.label(found.config),
-                "origin": found.origin,
+                "shape": shapes.describe(found.problem),
+                "label": SPEC.label(config),
+                "origin": found.chosen.origin,
                 "configs": [
-                    {"config": config_fields(config), "us": us, "estimate_us": round(estimate, 3)}
-                    for us, estimate, config in rows
+                    {"config": config_fields(each.config), "us": each.us, "estimate_us": each.estimate_us}
+                    for each in found.candidates
                 ],
             }
         )
         return 0
-    print(f"{shapes.describe(problem)} on {gpu.name}: {SPEC.label(found.config)}\n  {_why(found)}")
-    shown = [
-        (_fields(config_fields(config)), f"{us:.1f}" if us else "-", f"{estimate:.1f}", "<" * (config == found.config))
-        for us, estimate, config in rows[: arguments.limit]
+    print(f"{shapes.describe(found.problem)} on {found.gpu.name}: {SPEC.label(config)}\n  {_why(found.chosen)}")
+    rows = [
+        (
+            _fields(config_fields(each.config)),
+            f"{each.us:.1f}" if each.us else "-",
+            f"{each.estimate_us:.1f}",
+            "<" * (each.config == config),
+        )
+        for each in found.candidates[: arguments.limit]
     ]
-    print(console.table(("config", "us", "estimate", ""), shown))
-    print(f"  {len(timings)} of {len(space)} configs were timed")
+    print(console.table(("config", "us", "estimate", ""), rows))
+    timed = [each for each in found.candidates if each.us is not None]
+    print(f"  {len(timed)} of {len(found.candidates)} configs were timed")
+    if timed:
+        print(f"  {_margin(timed)}")
     return 0
+
+
+def _margin(timed: Sequence[manage.Candidate]) -> str:
+    """Why the winner wins: what it differs in from the one that comes next, and by how much."""
+    best, *others = timed
+    if not others or best.us is None or others[0].us is None:
+        return "no other was timed"
+    ours, theirs = config_fields(best.config), config_fields(others[0].config)
+    differ = ", ".join(f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name])
+    said = f"the fastest is {others[0].us / best.us:.3f} times as fast as the next, from which it differs in: {differ}"
+    expected = others[0].estimate_us / best.estimate_us
+    return f"{said}; the model expected {expected:.3f}"
 
 
 class _Watcher:
@@ -162,7 +185,11 @@ class _Watcher:
 
     def tuned(self, found: search.Tuned, number: int, total: int) -> None:
         self.done.append(found)
-        self._progress(f"{self._head}: {found.choice.us:.1f} us, {found.gain:.3f} times the first pick's speed")
+        gains = f"{found.gain:.3f} times the first pick's speed, {_mean_gain(self.done):.3f} so far"
+        self._progress(f"[{number}/{total}] {found.choice.problem}: {found.choice.us:.1f} us, {gains}")
+
+    def failed(self, found: session.Failed, number: int, total: int) -> None:
+        self._progress(f"[{number}/{total}] {shapes.describe(found.problem)}: {found.error}")
 
 
 def _problems(arguments: argparse.Namespace) -> list[Any]:
@@ -185,10 +212,14 @@ def _suite(name: str) -> list[Any]:
     return [cell.problem for cell in suites.find(name).cells if cell.op == SPEC.name]
 
 
-def _device() -> int:
-    if not driver.available():
-        raise ToolchainError("tuning needs a GPU", "run it where `rtk doctor` is content")
-    return 0
+def _devices(text: str) -> list[int]:
+    """Of --gpus: "all", or numbers with commas between them."""
+    if text == "all":
+        return list(range(driver.device_count() if driver.available() else 0))
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError("--gpus", text, "all, or GPUs' numbers such as 0,1") from None
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -212,7 +243,7 @@ def _show(arguments: argparse.Namespace) -> int:
     """What calls of these shapes get, and why."""
     if not arguments.shape:
         arguments.parser.error("show needs --shape SHAPE")
-    gpu = Gpu.of(0) if driver.available() else USUAL_GPU
+    gpu = gpu_here()
     shown = []
     for problem in arguments.shape:
         found = choice.choose(SPEC, problem, gpu)
@@ -245,33 +276,24 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     path = _file(arguments)
-    found = _matching(Store().choices(), arguments.gpu)
-    text = exchange.render(found)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(str(path), f"what cannot be written: {error}", "a file that can") from None
-    return _told(arguments, {"file": str(path), "choices": len(found)}, f"{path}: {_count(len(found))}")
+    count = manage.export(path, arguments.gpu)
+    return _told(arguments, {"file": str(path), "choices": count}, f"{path}: {_count(count)}")
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    path = _file(arguments)
-    found = _matching(exchange.read(path), arguments.gpu)
-    store = Store()
-    kept = sum(store.put(each) for each in found)
+    path, folder = _file(arguments), Store().folder
+    found, kept = manage.import_(path, arguments.gpu)
     usable = sum(_state(each) != "other sources" for each in found)
-    said = f"{store.folder}: {_count(kept)} of {path}, {usable} of them of this version's kernels"
-    _told(arguments, {"folder": str(store.folder), "choices": kept, "of_these_sources": usable}, said)
+    said = f"{folder}: {_count(kept)} of {path}, {usable} of them of this version's kernels"
+    _told(arguments, {"folder": str(folder), "choices": kept, "of_these_sources": usable}, said)
     if kept < len(found):
-        lost = f"{len(found) - kept} of {len(found)}"
-        print(f"rtk: {lost} choices could not be stored in {store.folder}", file=sys.stderr)
+        print(f"rtk: {len(found) - kept} of {len(found)} choices could not be stored in {folder}", file=sys.stderr)
     return 0 if kept == len(found) else 1
 
 
 def _clear(arguments: argparse.Namespace) -> int:
-    store = Store()
-    gone = store.remove(each.place for each in _matching(store.choices(), arguments.gpu))
-    return _told(arguments, {"folder": str(store.folder), "removed": gone}, f"{store.folder}: {_count(gone)} removed")
+    folder, gone = Store().folder, manage.clear(arguments.gpu)
+    return _told(arguments, {"folder": str(folder), "removed": gone}, f"{folder}: {_count(gone)} removed")
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
@@ -281,11 +303,6 @@ def _file(arguments: argparse.Namespace) -> Path:
     if len(arguments.names) != 1:
         arguments.parser.error(f"{arguments.action} needs a FILE")
     return Path(arguments.names[0])
-
-
-def _matching(found: Iterable[Choice], gpu: str | None) -> list[Choice]:
-    """Those of a GPU whose name has this word in it."""
-    return [each for each in found if gpu is None or gpu.lower() in each.place.gpu.name.lower()]
 
 
 def _ordered(found: Iterable[Choice]) -> list[Choice]:
@@ -301,9 +318,15 @@ def _state(found: Choice) -> str:
     return "other NVRTC" if found.nvrtc and here and found.nvrtc != here else "current"
 
 
+_WITHOUT_CHOICE = {
+    "model": "the cost model's pick: nothing is stored for such a problem",
+    "pick": "the kernel's own pick: RTK_AUTOTUNE is off",
+}
+
+
 def _why(found: choice.Chosen) -> str:
     if found.choice is None:
-        return "the kernel's first pick: nothing is stored for such a problem"
+        return _WITHOUT_CHOICE[found.origin]
     where = {
         "stored": "stored here",
         "shipped": "shipped with rtk",

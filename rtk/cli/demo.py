@@ -10,6 +10,8 @@ from typing import Any
 
 import rtk
 from rtk import jit
+from rtk.autotune import choice
+from rtk.autotune.keys import gpu_here
 from rtk.cli import console, onboard, verify
 from rtk.errors import ToolchainError
 from rtk.kernels.attention_fwd import SPEC
@@ -125,7 +127,8 @@ def _cpu(arguments: argparse.Namespace, why: str, progress: console.Progress) ->
 
 
 def _compile(problems: Sequence[AttentionProblem], progress: console.Progress) -> list[dict[str, Any]]:
-    configs = {SPEC.label(config): config for config in map(SPEC.pick, problems)}
+    chosen = (choice.choose(SPEC, problem, gpu_here()).config for problem in problems)
+    configs = {SPEC.label(config): config for config in chosen}
     sources = [SPEC.render(config) for config in configs.values()]
 
     def compiled(done: int, total: int, binary: jit.Binary) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rtk import shapes
 from rtk.arrays import View
 from rtk.problem import AttentionProblem
 from rtk.spec import SHARED_BYTES_PER_BLOCK, Binding, Bucket, KernelSpec, Operand, TensorMap, TensorOperand, half_steps
@@ -25,13 +27,15 @@ _USUAL_SM_COUNT = 132  # of H100 and H200: more tiles than this take more than o
 _LOG2_E = 1.4426950408889634
 
 _SAMPLED_BLOCKS = 64
-_OPS_PER_SCORE = 5.0  # of the fp32 pipes: maximum, scaling, sum, and half a conversion and a move each
+_OPS_PER_SCORE = 3.15  # of the fp32 pipes, fitted: maximum, scaling, sum, and a conversion of two at once
+_OPS_OF_SOFTCAP, _OPS_OF_MASK = 4.0, 1.5
 _CHECKED_ROWS = 48
 
 STATIC, DYNAMIC = 0, 1  # enum Scheduler
 _CONSUMER_ROWS = 64  # of a consumer warpgroup
 _BLOCK_NS = range(32, 193, 16)
 _STAGES = (2, 3)
+_FIRST_BLOCK_NS = (64, 80, 128)  # with these alone the model's picks were as good as with all
 _LEAST_SCALE = 2.0**-100
 
 
@@ -113,6 +117,14 @@ def _tile_bytes(rows: int, head_dim: int, slab: int) -> int:
     return _round_up(rows * _round_up(_round_up(head_dim, 16), slab) * _ELEMENT_BYTES, _SWIZZLE_PERIOD_BYTES)
 
 
+@functools.lru_cache(maxsize=256)
+def _space(spec: AttentionFwd, specialization: tuple[tuple[str, int | bool], ...]) -> tuple[AttentionFwdConfig, ...]:
+    """Every legal config for problems with this specialization; made once, since that takes milliseconds."""
+    choices = itertools.product(_CONSUMER_REGISTERS, _BLOCK_NS, _STAGES, (False, True), (STATIC, DYNAMIC))
+    found = (spec.make(dict(specialization), *each) for each in choices)
+    return tuple(config for config in found if spec.illegal(config) is None)
+
+
 class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
     name = "attention_fwd"
     header = "attention_fwd.cuh"
@@ -129,13 +141,20 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             consumers = int(choices["NUM_CONSUMER_WARPGROUPS"])
             choices = {"BLOCK_M": _CONSUMER_ROWS * consumers, "PINGPONG": consumers > 1, **choices}
         config = replace(self.pick(problem), **choices)
-        while "BLOCK_N" not in choices and self._illegal(config) and config.BLOCK_N > _BLOCK_NS[0]:
+        while "BLOCK_N" not in choices and self.illegal(config) and config.BLOCK_N > _BLOCK_NS[0]:
             config = replace(config, BLOCK_N=config.BLOCK_N - 16)
         return config
 
-    def _make(
-        self, problem: AttentionProblem, consumers: int, block_n: int, stages: int, pingpong: bool, scheduler: int
+    def make(
+        self,
+        specialization: Mapping[str, int | bool],
+        consumers: int,
+        block_n: int,
+        stages: int,
+        pingpong: bool,
+        scheduler: int,
     ) -> AttentionFwdConfig:
+        """The config of these choices for all problems with this specialization, legal or not."""
         return AttentionFwdConfig(
             BLOCK_M=_CONSUMER_ROWS * consumers,
             BLOCK_N=block_n,
@@ -143,9 +162,9 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             NUM_CONSUMER_WARPGROUPS=consumers,
             PINGPONG=pingpong,
             SCHEDULER=scheduler,
-            SLAB_QK=_slab(problem.head_dim),
-            SLAB_V=_slab(problem.head_dim_v),
-            **self._specialization(problem),  # type: ignore[arg-type]
+            SLAB_QK=_slab(specialization["HEAD_DIM"]),
+            SLAB_V=_slab(specialization["HEAD_DIM_V"]),
+            **specialization,  # type: ignore[arg-type]
         )
 
     @staticmethod
@@ -165,9 +184,9 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         for name, needed in self._specialization(problem).items():
             if getattr(config, name) != needed:
                 return f"{name} is {getattr(config, name)}, the call needs {needed}"
-        return self._illegal(config)
+        return self.illegal(config)
 
-    def _illegal(self, config: AttentionFwdConfig) -> str | None:
+    def illegal(self, config: AttentionFwdConfig) -> str | None:
         """Why no kernel can be built of this config, or None."""
         consumers = config.NUM_CONSUMER_WARPGROUPS
         if consumers not in _CONSUMER_REGISTERS:
@@ -198,9 +217,12 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         return None
 
     def configs(self, problem: AttentionProblem) -> list[AttentionFwdConfig]:
-        space = itertools.product(_CONSUMER_REGISTERS, _BLOCK_NS, _STAGES, (False, True), (STATIC, DYNAMIC))
-        found = (self._make(problem, *choices) for choices in space)
-        return [config for config in found if self.refusal(problem, config) is None]
+        return list(_space(self, tuple(self._specialization(problem).items())))
+
+    def first_picks(self, problem: AttentionProblem) -> list[AttentionFwdConfig]:
+        usual = self.pick(problem)
+        block_ns = {*_FIRST_BLOCK_NS, usual.BLOCK_N}
+        return [c for c in self.configs(problem) if c.STAGES == usual.STAGES and c.BLOCK_N in block_ns]
 
     def pick(self, problem: AttentionProblem) -> AttentionFwdConfig:
         masked = problem.window_left is not None or problem.window_right is not None
@@ -216,8 +238,11 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         pingpong = consumers > 1 and widest <= 128  # from 192 on, the products alone fill the time
         tiles = -(-problem.seqlen_q // (_CONSUMER_ROWS * consumers)) * problem.num_heads_q * problem.batch
         scheduler = DYNAMIC if tiles > _USUAL_SM_COUNT else STATIC
-        candidates = (self._make(problem, consumers, n, 2, pingpong, scheduler) for n in range(block_n, 0, -16))
-        return next(config for config in candidates if self._illegal(config) is None)
+        specialization = self._specialization(problem)
+        candidates = (
+            self.make(specialization, consumers, n, _STAGES[0], pingpong, scheduler) for n in range(block_n, 0, -16)
+        )
+        return next(config for config in candidates if self.illegal(config) is None)
 
     def bucket(self, problem: AttentionProblem) -> Bucket:
         exact: dict[str, int | bool | str] = {
@@ -252,9 +277,9 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         """For rtk.autotune.model: tiles, what a step over BLOCK_N keys needs, and how many steps a tile takes."""
         import numpy as np
 
-        m, n, consumers, pingpong, dynamic, stages = (
+        m, n, consumers, pingpong, dynamic = (
             np.array([getattr(config, name) for config in configs], np.float64)
-            for name in ("BLOCK_M", "BLOCK_N", "NUM_CONSUMER_WARPGROUPS", "PINGPONG", "SCHEDULER", "STAGES")
+            for name in ("BLOCK_M", "BLOCK_N", "NUM_CONSUMER_WARPGROUPS", "PINGPONG", "SCHEDULER")
         )
         row_blocks = np.ceil(problem.seqlen_q / m)
         # Some query blocks of a head stand for all of them.
@@ -267,17 +292,18 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             high = np.minimum(high, last + problem.window_right)
         steps = np.clip(np.floor(high / n) - np.floor(low / n) + 1, 0, None)
         columns = problem.head_dim + problem.head_dim_v
+        masked_sides = (problem.window_left is not None) + (problem.window_right is not None)
         return {
             "tiles": row_blocks * problem.num_heads_q * problem.batch,
             "steps": steps.mean(axis=0),
             "longest": steps.max(axis=0),
             "mma_flop": 2 * m * n * columns,
             "exponentials": m * n,
-            "simple_ops": m * n * (_OPS_PER_SCORE + 4 * (problem.softcap > 0)) + m * problem.head_dim_v,
+            "simple_ops": m * n * (_OPS_PER_SCORE + _OPS_OF_SOFTCAP * (problem.softcap > 0)) + m * problem.head_dim_v,
             "l2_bytes": n * columns * _ELEMENT_BYTES,
+            "tile_ops": m * n * _OPS_OF_MASK * masked_sides,
             "tile_bytes": m * columns * _ELEMENT_BYTES,
-            "overlap": np.where(pingpong > 0, 1.0, np.where(consumers > 1, 0.8, 0.5)),
-            "stages": stages,
+            "team": np.where(consumers > 1, 2 * consumers - 3 + pingpong, 0).astype(np.intp),
             "dynamic": dynamic > 0,
         }
 
@@ -305,6 +331,9 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
                 if not float((error**2).mean()) ** 0.5 <= allowed:
                     return f"rows {rows.start} to {rows.stop - 1} of head {head}, batch {batch}, are wrong"
         return ""
+
+    def describe(self, problem: AttentionProblem) -> str:
+        return shapes.describe(problem)
 
     def sample_problems(self) -> list[AttentionProblem]:
         return _sample_problems()

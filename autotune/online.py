@@ -1,0 +1,108 @@
+"""Tuning amid calls, where `RTK_AUTOTUNE=tune` asks for it: the first call of a bucket waits until it is tuned.
+
+Each bucket is tuned by one process, whoever comes first; others on this machine that call it meanwhile wait for the
+result. In a job of many processes one of each machine tunes (`rtk.autotune.ranks`). A call never fails for its tuning:
+what goes wrong is one warning, and the call runs with the cost model's pick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from rtk import driver, entries
+from rtk.autotune import choice, ranks
+from rtk.autotune.keys import Gpu, Place
+from rtk.autotune.store import Store
+from rtk.cache import default_cache
+from rtk.errors import CacheWarning, RtkError
+from rtk.spec import KernelSpec
+
+_LOCK = ".autotune-calls.lock"  # a byte of it for each place
+_WAIT_S = 120.0  # for another process that tunes the place
+_RANK_WAIT_S = 30.0  # for one that may never come to it
+_LOOK_EVERY_S = 0.05
+
+_log = logging.getLogger("rtk")
+_lock = threading.Lock()
+_settled: set[Place] = set()  # tuned, or tried in vain, by this process
+
+
+def settle(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int) -> bool:
+    """Sees to it that the problem's bucket is tuned, if that can be done now; True where there may be a new choice."""
+    place = Place.of(spec, problem, Gpu.of(device))
+    if place in _settled or driver.is_capturing(stream):
+        return False
+    with _lock:  # one at a time in this process: two that time would disturb each other
+        if place in _settled:
+            return True
+        _settled.add(place)
+        if not ranks.may_tune():
+            return ranks.policy() == "wait" and _appeared(place, _RANK_WAIT_S)
+        with _turn(place) as mine:
+            if mine and not _is_stored(place):
+                _tune(spec, problem, device)
+    choice.reload()
+    return True
+
+
+def _tune(spec: KernelSpec[Any, Any], problem: Any, device: int) -> None:
+    from rtk.autotune import search  # here: what it imports is needed by who tunes only
+
+    driver.synchronize(device)  # what the program has enqueued would be timed too
+    try:
+        found = search.tune(spec, problem, device)
+    except RtkError as error:
+        warnings.warn(f"rtk: {problem} is not tuned: {error}", RuntimeWarning, stacklevel=2)
+    else:
+        took = f"{found.choice.us:.1f} us, {found.gain:.3f} times the first pick's speed, in {found.seconds:.1f} s"
+        _log.info("tuned %s: %s", found.choice.problem, took)
+
+
+@contextlib.contextmanager
+def _turn(place: Place) -> Iterator[bool]:
+    """Whether this process may tune the place; waits while another one does."""
+    folder = default_cache().path
+    position = zlib.crc32("\0".join(place.columns()).encode())
+    with contextlib.ExitStack() as kept:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = kept.enter_context(open(folder / _LOCK, "ab", buffering=0))  # closing it gives the lock back
+        except OSError as error:
+            warnings.warn(f"rtk: {folder} takes no tuned choices: {error}", CacheWarning, stacklevel=2)
+            yield False
+            return
+        deadline = time.monotonic() + _WAIT_S
+        while (got := entries.try_lock(file.fileno(), position)) is False and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
+        yield got is not False
+
+
+def _is_stored(place: Place) -> bool:
+    return any(found.place == place for found in Store().choices())
+
+
+def _appeared(place: Place, limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while not _is_stored(place):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    choice.reload()
+    return True
+
+
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
