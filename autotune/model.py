@@ -39,12 +39,12 @@ class Machine:
     mma_share: float = 0.825  # what products reach of their rate while they run
     # The share of the shorter one of products and softmax that the other hides: one consumer warpgroup; two; two that
     # take turns; three; three that take turns.
-    overlap: tuple[float, ...] = (0.573, 0.864, 0.873, 0.993, 1.0)
-    step_cycles: float = 256.0  # of barriers and of waiting in each step
-    tile_cycles: float = 587.0  # of a tile, besides its steps
-    first_softmax: float = 0.68  # the share of a step's softmax that nothing hides, once a tile
+    overlap: tuple[float, ...] = (0.573, 0.872, 0.873, 0.956, 0.997)
+    step_cycles: float = 258.0  # of barriers and of waiting in each step
+    tile_cycles: float = 562.0  # of a tile, besides its steps
+    first_softmax: float = 0.687  # the share of a step's softmax that nothing hides, once a tile
     late: float = 0.3  # of the longest tile: by how much the last block ends after the others, handing tiles out
-    uneven: float = 0.22  # the power of longest over mean tile by which fixed shares are late
+    uneven: float = 0.231  # the power of longest over mean tile by which fixed shares are late
     launch_us: float = 4.4
     dynamic_us: float = 1.2  # of clearing the counter from which tiles are handed out
 
