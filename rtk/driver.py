@@ -18,6 +18,7 @@ from rtk.errors import DriverError, ToolchainError
 # CUdevice_attribute, CUfunction_attribute: numbers of cuda.h
 _SM_COUNT, _MEMORY_CLOCK_KHZ, _L2_BYTES, _CC_MAJOR, _CC_MINOR, _SHARED_OPTIN = 16, 36, 38, 75, 76, 97
 _MAX_DYNAMIC_SHARED_BYTES = 8
+_CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
 _NOT_INITIALIZED = 3  # CUresult
 _TRAP_REPORT = b"rtk_trap_report"  # a variable that only debug builds have
 _HOST_MEMORY_PORTABLE_MAPPED = 1 | 2  # CU_MEMHOSTALLOC_PORTABLE | _DEVICEMAP
@@ -179,7 +180,12 @@ class Function:
 def is_capturing(stream: int) -> bool:
     """Whether what is put on the stream goes into a CUDA graph."""
     capturing = ctypes.c_int()
-    call("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(capturing))
+    try:
+        call("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(capturing))
+    except DriverError as error:
+        if error.code == _CAPTURE_IMPLICIT:  # the null stream would take part in another stream's capture
+            return True
+        raise
     return bool(capturing.value)
 
 

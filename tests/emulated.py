@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from yardstick import DTYPES, dtype_name, is_torch, visible_keys
 
+from rtk.autotune import choice
+from rtk.autotune.keys import gpu_here
 from rtk.kernels.attention_fwd import SPEC
 from rtk.problem import attention_problem
 
@@ -26,8 +28,10 @@ def attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
     problem = attention_problem(*(x.shape for x in arrays), dtype_name(q), **mask, **rest)
     if options["config"]:
         config = SPEC.config(problem, **options["config"])
+    elif options["batch_invariant"]:
+        config = SPEC.pick(problem.without_batch())
     else:
-        config = SPEC.pick(problem.without_batch() if options["batch_invariant"] else problem)
+        config = choice.choose(SPEC, problem, gpu_here()).config
     o, lse = _forward(*(x.swapaxes(1, 2) if swap else x for x in arrays), problem, config, mask)
     o = np.ascontiguousarray(o.swapaxes(1, 2) if swap else o)
     out = options.get("out")

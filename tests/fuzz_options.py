@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fuzz-seed") == "random":
         config.option.fuzz_seed = str(secrets.randbelow(1 << 32))
+
+
+@pytest.fixture(scope="module")
+def fixed_choices() -> Iterator[None]:
+    """Calls get the kernel's own pick, so that the pool of kernels (strategies.py) can say which lengths lead where."""
+    from rtk.autotune import choice
+
+    with choice.using("off"):
+        yield
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

@@ -32,9 +32,10 @@ def torch(gpu):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """A store of the test's own; kernels are also found where other tests compiled them."""
+    """A store of the test's own, and nothing shipped; kernels are also found where other tests compiled them."""
     monkeypatch.setenv("RTK_CACHE_DIR", f"{default_cache().path}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(online, "_settled", set())
+    monkeypatch.setattr(choice, "DATA", tmp_path / "nothing")
     choice.reload()
     yield tmp_path
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from strategies import sources
 
 from rtk import jit
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fixed_choices")]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fuzz_options import FuzzOptions
 
 from rtk import jit
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fixed_choices")]
 
 
 def test_sessions(

@@ -26,6 +26,8 @@ from faults import FAULTS  # noqa: E402
 from fuzz_bench import Bench  # noqa: E402
 from fuzz_properties import PROPERTIES  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fixed_choices")
+
 BUDGET = 1 << 14  # scores of a call: a few milliseconds of NumPy
 
 
