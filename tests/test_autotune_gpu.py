@@ -43,18 +43,18 @@ def folder(monkeypatch, tmp_path):
 
 
 def inputs(torch, problem=PROBLEM, seed=0):
-    """Of a problem as shapes.parse reads it: q, k, v in bshd."""
+    """q, k, v of a problem with as many heads of each, in rtk.attention's own layout."""
     torch.manual_seed(seed)
-    shape = (problem.batch, problem.seqlen_q, problem.num_heads_q, problem.head_dim)
+    shape = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim)
     return [torch.randn(shape, dtype=getattr(torch, problem.dtype), device="cuda") for _ in range(3)]
 
 
 def exact(torch, q, k, v):
     """Causal attention in float64, by torch alone."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.double() for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
 
 
 def test_a_tuned_choice_is_taken_and_right(torch, gpu, folder):

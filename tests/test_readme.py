@@ -22,12 +22,7 @@ from rtk.digest import sources_digest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
-SUITES = (
-    *("paper", "paper-fp16", "small", "long", "gqa", "ragged", "overhead", "accuracy"),
-    pytest.param(
-        "coldstart", marks=pytest.mark.xfail(strict=True, reason="torch's own backends are to be timed again")
-    ),
-)
+SUITES = ("paper", "paper-fp16", "small", "long", "gqa", "ragged", "overhead", "coldstart", "accuracy")
 BLOCK = re.compile(r"^(?:<!-- needs: (?P<needs>[\w ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
