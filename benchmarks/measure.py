@@ -20,6 +20,7 @@ from typing import Any
 
 from rtk.benchmarks import operations, peers, timing
 from rtk.benchmarks.peers import Peer, Prepared
+from rtk.benchmarks.records import CELL_KEYS, OWN
 
 _MOST_SETS = 64  # of inputs: as many as a turn has calls
 
@@ -50,8 +51,12 @@ Records = Iterator[dict[str, Any]]
 
 
 def describe(cell: Cell, suite: str) -> dict[str, Any]:
-    """The keys of a record that say which cell it is of."""
-    found = {"suite": suite, **operations.known()[cell.op].describe(cell.problem)}
+    """The keys of a record that say which cell it is of; what only this operation has stands under OWN."""
+    described = operations.known()[cell.op].describe(cell.problem)
+    own = {key: value for key, value in described.items() if key not in CELL_KEYS}
+    found = {"suite": suite, **{key: value for key, value in described.items() if key not in own}}
+    if own:
+        found[OWN] = own
     if cell.variant is not None:
         found["variant"] = cell.variant
     return found

@@ -46,6 +46,7 @@ CELL_KEYS = (
     "align",
     "variant",
 )
+OWN = "own"  # what else names the problem of an operation, as an object: the size of its pages, for one
 # The time that a suite is about. Suites of other things (errors, one-off milliseconds) have none that can be compared.
 _METRICS: dict[str, str | None] = {"overhead": "cpu_us", "coldstart": None, "accuracy": None}
 _ACCEPTED = "a results file, as `rtk bench` writes it"
@@ -184,8 +185,8 @@ def _no_constant(name: str) -> None:
 
 
 def cell_key(record: Mapping[str, Any]) -> Cell:
-    """The problem of a record: the values of CELL_KEYS, with one spelling for no window and for no softcap."""
-    values = {key: _frozen(record.get(key)) for key in CELL_KEYS}
+    """The problem of a record: the values of CELL_KEYS and OWN, with one spelling for no window and for no softcap."""
+    values = {key: _frozen(record.get(key)) for key in (*CELL_KEYS, OWN)}
     if values["window"] in ((None, None), (-1, -1)):
         values["window"] = None
     values["softcap"] = values["softcap"] or None
@@ -213,9 +214,9 @@ def labels(problems: Iterable[Cell]) -> dict[Cell, str]:
 
     Where two cells would be called the same, what tells them apart is added.
     """
-    fields = {cell: dict(zip(CELL_KEYS, cell, strict=True)) for cell in problems}
+    fields = {cell: dict(zip((*CELL_KEYS, OWN), cell, strict=True)) for cell in problems}
     names = {cell: _short(field) for cell, field in fields.items()}
-    for part in (_batch_heads, _head_dim_v, _dtype, _softcap, _scale, _align, _op, _suite):
+    for part in (_batch_heads, _head_dim_v, _dtype, _softcap, _scale, _align, _own, _op, _suite):
         groups: dict[str, list[Cell]] = {}
         for cell, name in names.items():
             groups.setdefault(name, []).append(cell)
@@ -272,6 +273,10 @@ def _scale(field: Mapping[str, Any]) -> str:
 
 def _align(field: Mapping[str, Any]) -> str:
     return str(field["align"] or "")
+
+
+def _own(field: Mapping[str, Any]) -> str:
+    return " ".join(f"{name} {value}" for name, value in field[OWN] or ())
 
 
 def _op(field: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ class Operation(Protocol):
     name: str
 
     def describe(self, problem: Any) -> dict[str, Any]:
-        """The keys of a record that name the problem."""
+        """The keys of a record that name the problem: those of records.CELL_KEYS that apply, and any of its own."""
 
     def inputs(self, problem: Any, variant: str | None, seed: int) -> tuple[Any, ...]:
         """Random tensors on the current GPU. The variant is of what they are drawn from; None is N(0, 1)."""
