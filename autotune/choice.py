@@ -45,12 +45,15 @@ class Chosen:
 
 @dataclass
 class _Table:
-    """The choices of one kernel on one model of GPU: {what must agree: {half-steps: (choice, shipped)}}."""
+    """The choices of one kernel on one model of GPU: {what must agree: {half-steps: a choice, or a row that shipped}}.
 
-    buckets: dict[tuple[Any, ...], dict[tuple[int, ...], tuple[Choice, bool]]] = field(default_factory=dict)
+    Of what ships a process uses little: a row is made a choice when it is asked for.
+    """
 
-    def add(self, choice: Choice, shipped: bool) -> None:
-        self.buckets.setdefault(choice.place.bucket.exact, {})[choice.place.bucket.size_steps] = (choice, shipped)
+    buckets: dict[tuple[Any, ...], dict[tuple[int, ...], Choice | dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, exact: tuple[Any, ...], steps: tuple[int, ...], entry: Choice | dict[str, Any]) -> None:
+        self.buckets.setdefault(exact, {})[steps] = entry
 
     def nearest(self, exact: tuple[Any, ...], steps: tuple[int, ...]) -> list[tuple[int, Choice, bool]]:
         """(distance in half-steps, choice, whether it shipped), nearest first; of one distance, the smaller size."""
@@ -58,13 +61,18 @@ class _Table:
         if not found:
             return []
         if steps in found:
-            return [(0, *found[steps])]
+            return [(0, *_as_choice(found[steps]))]
         near = []
-        for other, (choice, shipped) in found.items():
+        for other in found:
             distance = sum(abs(a - b) for a, b in zip(steps, other, strict=False))
             if len(other) == len(steps) and distance <= _FURTHEST:
-                near.append((distance, other, choice, shipped))
-        return [(distance, choice, shipped) for distance, _, choice, shipped in sorted(near, key=lambda x: x[:2])]
+                near.append((distance, other))
+        return [(distance, *_as_choice(found[other])) for distance, other in sorted(near)]
+
+
+def _as_choice(entry: Choice | dict[str, Any]) -> tuple[Choice, bool]:
+    """(the choice, whether it shipped)."""
+    return (entry, False) if isinstance(entry, Choice) else (exchange.choice_of(entry), True)
 
 
 _Tables = dict[str, dict[tuple[str, Gpu], _Table]]  # by kernel, then by its sources and the GPU
@@ -196,19 +204,18 @@ def _read() -> _Tables:
     from rtk.autotune.store import Store
 
     tables: _Tables = {}
-    for shipped, choices in ((True, _shipped()), (False, Store().choices())):  # what was measured here comes last
-        for choice in choices:
-            place = choice.place
-            of_kernel = tables.setdefault(place.kernel, {})
-            of_kernel.setdefault((place.sources, place.gpu), _Table()).add(choice, shipped)
-    return tables
 
+    def table(kernel: str, sources: str, gpu: Gpu) -> _Table:
+        return tables.setdefault(kernel, {}).setdefault((sources, gpu), _Table())
 
-def _shipped() -> list[Choice]:
-    found: list[Choice] = []
     for path in sorted(DATA.glob("*.json")) if DATA.is_dir() else ():
-        found += exchange.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
-    return found
+        for row in exchange.rows(json.loads(path.read_text(encoding="utf-8")), str(path)):
+            steps = tuple(row["sizes"].values())
+            table(row["kernel"], row["sources"], Gpu(**row["gpu"])).add(tuple(row["exact"].items()), steps, row)
+    for choice in Store().choices():  # what was measured here goes before what ships
+        place = choice.place
+        table(place.kernel, place.sources, place.gpu).add(place.bucket.exact, place.bucket.size_steps, choice)
+    return tables
 
 
 def _after_fork() -> None:

@@ -38,17 +38,23 @@ def read(path: str | os.PathLike[str]) -> list[Choice]:
 
 def parse(contents: Any, where: str) -> list[Choice]:
     """The choices in such an object; `where` names it in errors."""
+    found = []
+    for number, row in enumerate(rows(contents, where), 1):
+        try:
+            found.append(choice_of(row))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ArgumentError) as error:
+            received = f"choice {number}, which is none: {type(error).__name__}: {error}"
+            raise ArgumentError(where, received, _ACCEPTED) from None
+    return found
+
+
+def rows(contents: Any, where: str) -> list[Any]:
+    """What choice_of() makes choices of."""
     if not isinstance(contents, dict) or not isinstance(contents.get("choices"), list):
         raise ArgumentError(where, "no list `choices`", _ACCEPTED)
     if contents.get("schema") != SCHEMA:
         raise ArgumentError(where, f"schema {contents.get('schema')!r}", f"schema {SCHEMA}")
-    found = []
-    for number, row in enumerate(contents["choices"], 1):
-        try:
-            found.append(_choice(row))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ArgumentError) as error:
-            received = f"choice {number}, which is none: {type(error).__name__}: {error}"
-            raise ArgumentError(where, received, _ACCEPTED) from None
+    found: list[Any] = contents["choices"]
     return found
 
 
@@ -66,7 +72,8 @@ def row(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _choice(row: Any) -> Choice:
+def choice_of(row: Any) -> Choice:
+    """The inverse of row()."""
     place = Place(
         str(row["kernel"]), str(row["sources"]), Gpu.from_json(row["gpu"]), bucket_of(row["exact"], row["sizes"])
     )

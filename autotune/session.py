@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -195,22 +196,29 @@ def _on_several(
         free.put(device)
     rest = list(enumerate(todo, 1))[::-1]
     done: list[Done] = []
+    longest = 0.0
     with ProcessPoolExecutor(len(devices), context, _enter, (free,)) as pool:
-        running: dict[Future[Done], int] = {}
+        running: dict[Future[Done], tuple[int, float]] = {}
         while rest or running:
-            in_time = deadline is None or time.monotonic() < deadline
+            in_time = deadline is None or time.monotonic() + longest < deadline
             while in_time and rest and len(running) < len(devices):
                 number, problem = rest.pop()
                 watcher.begun(problem, number, len(todo))
-                running[pool.submit(_work, tune, problem)] = number
+                running[pool.submit(_work, tune, problem)] = number, time.monotonic()
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                done.append(future.result())
-                _tell(watcher, done[-1], running.pop(future), len(todo))
+                number, start = running.pop(future)
+                longest = max(longest, time.monotonic() - start)
+                try:
+                    done.append(future.result())
+                except BrokenProcessPool:
+                    raise RtkError(_LOST) from None
+                _tell(watcher, done[-1], number, len(todo))
     return done
 
 
+_LOST = "rtk: a process that tuned has ended unexpectedly; what was done is stored, and the same command goes on"
 _device = 0  # of this process, where it works for another
 
 

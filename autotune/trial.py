@@ -43,6 +43,7 @@ class Trial:
         self._operands = {name: o for name, o in spec.operands(problem).items() if not o.optional}
         self._draw = random.Random(seed)
         self._pattern = np.random.default_rng(seed).standard_normal(_PATTERN_ELEMENTS, np.float32)
+        self._patterns: dict[str, np.ndarray[Any, Any]] = {}
         self._kept = contextlib.ExitStack()
         self._sets: list[dict[str, int]] = []
         self._turns: dict[int, _Turn] = {}
@@ -80,8 +81,9 @@ class Trial:
 
     def _values(self, operand: Operand) -> np.ndarray[Any, Any]:
         """The pattern in an operand's dtype."""
-        values: np.ndarray[Any, Any] = self._pattern.astype(numpy_dtype(operand.dtype))
-        return values
+        if operand.dtype not in self._patterns:
+            self._patterns[operand.dtype] = self._pattern.astype(numpy_dtype(operand.dtype))
+        return self._patterns[operand.dtype]
 
     # ---------------------------------------------------------------------------------------------------------- timing
 

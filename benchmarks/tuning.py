@@ -1,7 +1,8 @@
 """How good tuning is: what the tuner, the cost model and the default config reach of an exhaustive search.
 
     python -m rtk.benchmarks.tuning sweep            # on a GPU: every config of every problem, kept in the cache folder
-    python -m rtk.benchmarks.tuning raw FILE         # those times as JSON, which the next three read
+    python -m rtk.benchmarks.tuning raw FILE         # those times as JSON, which the last three read
+    python -m rtk.benchmarks.tuning check FILE       # on a GPU: every config of every kind of problem gives the truth
     python -m rtk.benchmarks.tuning fit FILE         # the constants of rtk.autotune.model.Machine
     python -m rtk.benchmarks.tuning judge FILE OUT   # on a GPU: tunes, times the winners again, writes autotune.json
     python -m rtk.benchmarks.tuning plot FILE PNG    # estimates against measured times
@@ -29,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from rtk import shapes
-from rtk.autotune import manage, model, session
+from rtk import jit, shapes
+from rtk.autotune import manage, model, session, trial
 from rtk.autotune.choice import config_of
 from rtk.autotune.keys import Gpu, gpu_here
 from rtk.autotune.store import Store
@@ -112,6 +113,48 @@ def read(path: Path) -> Raw:
 
 def _times(problem: AttentionProblem, us: dict[str, float], configs: Iterable[Any]) -> np.ndarray[Any, Any]:
     return np.array([us[_name(config)] for config in configs])
+
+
+# --- every config is right -------------------------------------------------------------------------------------------
+
+
+def check(out: Path, minutes: float) -> int:
+    """Runs every config of each kind of problem that is tuned here once, on a small one, against float64.
+
+    Kinds are what a kernel is specialised to. Returns how many kinds are left when time is up; the file has the others.
+    """
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    if found.get("sources") != sources_digest():
+        found = {"gpu": gpu_here().to_json(), "sources": sources_digest(), "kinds": {}}
+    deadline = time.monotonic() + 60 * minutes
+    kinds = {_small(problem): None for problem in (*judged(), *fitted())}
+    for problem in kinds:
+        line = shapes.describe(problem)
+        if line in found["kinds"] or time.monotonic() > deadline:
+            continue
+        configs = SPEC.configs(problem)
+        jit.build_many([SPEC.render(config) for config in configs])
+        with trial.entered(0, SPEC, problem) as trying:
+            wrong = {SPEC.label(config): said for config in configs if (said := trying.verify(config))}
+        found["kinds"][line] = {"configs": len(configs), "wrong": wrong}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{line}: {len(configs)} configs, {len(wrong)} of them wrong", flush=True)
+    return len(kinds) - len(found["kinds"])
+
+
+def _small(problem: AttentionProblem) -> AttentionProblem:
+    """The problem of this kind that the check runs: odd lengths, several tiles each way, a group of two."""
+    window = min(200, problem.window_left) if problem.window_left is not None else None
+    return dataclasses.replace(
+        problem,
+        batch=2,
+        num_heads_q=4,
+        num_heads_kv=2,
+        seqlen_q=777,
+        seqlen_k=1001,
+        diagonal=1001 - 777,
+        window_left=window,
+    )
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -303,12 +346,12 @@ def plot(times: Raw, machine: model.Machine) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("sweep", "raw", "fit", "judge", "plot", "_tuned", "_retime"))
+    parser.add_argument("step", choices=("sweep", "raw", "check", "fit", "judge", "plot", "_tuned", "_retime"))
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--gpu", help="raw: the name of the GPU whose times are wanted (the one that is here)")
     given = parser.parse_args()
-    if len(given.files) != {"raw": 1, "fit": 1, "judge": 2, "plot": 2}.get(given.step, 0):
+    if len(given.files) != {"raw": 1, "check": 1, "fit": 1, "judge": 2, "plot": 2}.get(given.step, 0):
         parser.error(f"{given.step} needs other files: see above")
     if given.step == "sweep":
         left = manage.run([*judged(), *fitted()], exhaustive=True, minutes=given.minutes).left
@@ -317,6 +360,8 @@ def main() -> None:
         gpus = {found.place.gpu for found in Store().choices() if given.gpu in (None, found.place.gpu.name)}
         for gpu in gpus:
             given.files[0].write_text(raw(Store(), gpu))
+    elif given.step == "check":
+        sys.exit(1 if check(given.files[0], given.minutes) else 0)
     elif given.step == "fit":
         times = read(given.files[0])
         known = {shapes.describe(problem) for problem in fitted()}

@@ -325,26 +325,50 @@ def test_a_run_that_ends_goes_on(card, trusting, capsys):
     assert code == 0 and len(json.loads(out)["tuned"]) == 2
 
 
-def test_several_gpus_have_a_process_each(card, compiled, trusting, capsys, monkeypatch, tmp_path):
-    """The command as a user starts it; its workers are processes of their own."""
+_PRETEND = """
+import ctypes, os, sys
+from rtk import driver
+from rtk.autotune import search
+from rtk.kernels.attention_fwd import AttentionFwd
+
+library = ctypes.CDLL({library!r})
+driver.library = lambda: library
+AttentionFwd.verify = lambda self, problem, arrays, results: ""
+tune = search.tune
+
+
+def mortal(spec, problem, device, **options):
+    if problem.seqlen_q == 13:
+        os._exit(9)
+    return tune(spec, problem, device, **options)
+
+
+search.tune = mortal
+"""
+
+
+@pytest.fixture
+def two_cards(card, compiled, monkeypatch, tmp_path):
+    """Runs `rtk autotune run` on two pretended cards as a user does; its workers are processes of their own."""
     card(n176=40)
     monkeypatch.setenv("PRETENDED_GPUS", "2")
-    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pretend; from rtk.cli import main"
-    (tmp_path / "pretend.py").write_text(
-        "import ctypes\nfrom rtk import driver\nfrom rtk.kernels.attention_fwd import AttentionFwd\n"
-        f"library = ctypes.CDLL({str(compiled)!r})\ndriver.library = lambda: library\n"
-        "AttentionFwd.verify = lambda self, problem, arrays, results: ''\n"
-    )
-    (tmp_path / "sitecustomize.py").write_text("import pretend\n")
-    lines = [LINE, f"{LINE},causal", "hq=4,sq=300,d=64"]
-    arguments = ["autotune", "run", *(part for line in lines for part in ("--shape", line)), "--gpus", "all", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", f"{start}; sys.exit(main({arguments!r}))"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    (tmp_path / "sitecustomize.py").write_text(_PRETEND.format(library=str(compiled)))
+
+    def run(*lines):
+        shapes_of = [part for line in lines for part in ("--shape", line)]
+        return subprocess.run(
+            [sys.executable, "-m", "rtk.cli", "autotune", "run", *shapes_of, "--gpus", "all", "--json"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+
+    return run
+
+
+def test_several_gpus_have_a_process_each(two_cards, trusting, capsys):
+    done = two_cards(LINE, f"{LINE},causal", "hq=4,sq=300,d=64")
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(each["config"]["BLOCK_N"] for each in json.loads(done.stdout)["tuned"]) == [176] * 3
     assert len(Store().choices()) == 3
@@ -352,6 +376,12 @@ def test_several_gpus_have_a_process_each(card, compiled, trusting, capsys, monk
     assert code == 1 and "device: received 7; accepted: a GPU's number, 0 to 1" in err
     code, _, err = command(capsys, "run", "--shape", LINE, "--gpus", "some")
     assert code == 1 and "--gpus" in err
+
+
+def test_a_process_that_dies_costs_what_it_was_at(two_cards):
+    done = two_cards(LINE, "hq=4,sq=13,d=64")
+    assert done.returncode == 1 and "has ended unexpectedly" in done.stderr and "Traceback" not in done.stderr
+    assert two_cards(LINE).returncode == 0
 
 
 def test_one_that_cannot_be_tuned_does_not_stop_the_others(card, capsys):
@@ -366,3 +396,28 @@ def test_shapes_that_a_program_used_are_tuned(card, trusting, capsys, monkeypatc
     recording.note(PROBLEM)
     code, out, _ = command(capsys, "run", "--recorded", "--json")
     assert code == 0 and [shapes.parse(t["shape"]) for t in json.loads(out)["tuned"]] == [PROBLEM]
+
+
+# --- every config is right -------------------------------------------------------------------------------------------
+
+
+def test_the_check_of_every_config_goes_on_and_tells_the_wrong_ones(card, monkeypatch, tmp_path, capsys):
+    from rtk.benchmarks import tuning
+
+    lines = ["hq=4,sq=4000,d=256,causal", "hq=8,sq=500,d=256,causal", "hq=4,sq=8000,d=64,window=4095:0"]
+    monkeypatch.setattr(tuning, "judged", lambda: [shapes.parse(line) for line in lines])
+    monkeypatch.setattr(tuning, "fitted", list)
+    monkeypatch.setattr(AttentionFwd, "configs", _two)
+    monkeypatch.setattr(AttentionFwd, "verify", lambda self, problem, *rest: "planted" * (problem.head_dim == 64))
+    out = tmp_path / "checked.json"
+    assert tuning.check(out, 0.0) == 2 and not out.exists(), "no time"
+    assert tuning.check(out, 5.0) == 0
+    found = json.loads(out.read_text())["kinds"]
+    assert [(kind["configs"], len(kind["wrong"])) for kind in found.values()] == [(2, 0), (2, 2)]
+    assert "window=200:0" in "".join(found)
+    said = capsys.readouterr().out
+    assert tuning.check(out, 5.0) == 0 and said.count("configs") == 2 and capsys.readouterr().out == ""
+
+
+def _two(spec, problem):
+    return [spec.make(spec._specialization(problem), consumers, 64, 2, False, 0) for consumers in (1, 2)]
