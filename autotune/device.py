@@ -68,7 +68,7 @@ class Device:
         self.synchronize()
 
     def synchronize(self) -> None:
-        call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+        driver.synchronize(self.stream)
 
     @contextlib.contextmanager
     def graph(self, work: Callable[[], None]) -> Iterator[Callable[[], None]]:

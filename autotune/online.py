@@ -48,16 +48,16 @@ def settle(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int) -
             return ranks.policy() == "wait" and _appeared(place, _RANK_WAIT_S)
         with _turn(place) as mine:
             if mine and not _is_stored(place):
-                _tune(spec, problem, device)
+                _tune(spec, problem, device, stream)
     choice.reload()
     return True
 
 
-def _tune(spec: KernelSpec[Any, Any], problem: Any, device: int) -> None:
+def _tune(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int) -> None:
     from rtk.autotune import search  # here: what it imports is needed by who tunes only
 
-    driver.synchronize(device)  # what the program has enqueued would be timed too
     try:
+        driver.synchronize(stream)  # what the program has enqueued would be timed too
         found = search.tune(spec, problem, device)
     except RtkError as error:
         warnings.warn(f"rtk: {problem} is not tuned: {error}", RuntimeWarning, stacklevel=2)

@@ -189,10 +189,9 @@ def is_capturing(stream: int) -> bool:
     return bool(capturing.value)
 
 
-def synchronize(ordinal: int) -> None:
-    """Waits until the device has done all that was enqueued."""
-    with on_device(ordinal):
-        call("cuCtxSynchronize")
+def synchronize(stream: int) -> None:
+    """Waits until all that was put on the stream is done."""
+    call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
 
 def zero(pointer: int, nbytes: int, ordinal: int, stream: int) -> None:

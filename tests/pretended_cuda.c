@@ -47,7 +47,6 @@ int cuCtxPopCurrent_v2(void** c) { return 0; }
 int cuStreamCreate(void** s, unsigned f) { *s = malloc(1); live++; return 0; }
 int cuStreamDestroy_v2(void* s) { free(s); live--; return 0; }
 int cuStreamIsCapturing(void* s, int* c) { *c = capturing; return 0; }
-int cuCtxSynchronize(void) { return 0; }
 int cuStreamSynchronize(void* s) { return 0; }
 int cuMemAlloc_v2(uint64_t* p, size_t n) {
     void* m = NULL;
