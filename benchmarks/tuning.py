@@ -57,6 +57,7 @@ _FIT = (
 _JUDGED = ("paper", "small", "gqa", "ragged", "models")  # suites
 _JUDGED_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
 _LONGEST_JUDGED = 20_000  # an exhaustive search of longer ones takes minutes
+_FIRST = "b=4,hq=16,sq=2000,d=128,causal"  # a new shape, for the seconds that one takes
 _ROUNDS = 21
 _NEAR = 1.4  # times the best: configs whose estimates the fit looks at
 
@@ -78,6 +79,11 @@ def judged() -> list[AttentionProblem]:
     """The problems that tuner and model are judged by."""
     found = [cell.problem for name in _JUDGED for cell in suites.find(name).cells]
     return [p for p in found if (p.head_dim, p.head_dim_v) in _JUDGED_DIMS and p.seqlen_q < _LONGEST_JUDGED]
+
+
+def swept() -> list[AttentionProblem]:
+    """The problems for the seconds that a whole suite takes."""
+    return [cell.problem for cell in suites.find("paper").cells]
 
 
 # --- raw times -------------------------------------------------------------------------------------------------------
@@ -215,12 +221,11 @@ def judge(times: Raw, out: Path) -> None:
     if not problems:
         sys.exit("rtk: none of the judged problems is in the file: run `sweep` and `raw` first")
     with tempfile.TemporaryDirectory() as folder:
-        first = shapes.parse("b=4,hq=16,sq=2000,d=128,causal")
+        first = shapes.parse(_FIRST)
         cold = _tuned_in_new_process([first], Path(folder, "cold"))
         warm = _tuned_in_new_process([first], Path(folder, "warm"), Path(folder, "cold"))
-        paper = [cell.problem for cell in suites.find("paper").cells]
-        sweep = _tuned_in_new_process(paper, Path(folder, "tuned"))
-        rest = [problem for problem in problems if problem not in paper]
+        sweep = _tuned_in_new_process(swept(), Path(folder, "tuned"))
+        rest = [problem for problem in problems if problem not in swept()]
         tuned = sweep["tuned"] | _tuned_in_new_process(rest, Path(folder, "tuned"))["tuned"]
     asked = []
     for problem in problems:
@@ -240,7 +245,7 @@ def judge(times: Raw, out: Path) -> None:
         "space": {shapes.describe(p): len(SPEC.configs(p)) for p in problems},
         "seconds_cold": cold["seconds"][0],
         "seconds_warm": warm["seconds"][0],
-        "seconds_paper": sweep["wall_s"],
+        "seconds_sweep": sweep["wall_s"],
         **summary(again),
         "shapes": again,
     }

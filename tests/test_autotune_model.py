@@ -127,6 +127,16 @@ def test_no_constant_that_a_little_fitting_would_change_much(recorded):
     assert after <= before + 0.01
 
 
+@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="the tuner is still to be judged on a GPU")
+def test_tuning_reaches_what_was_asked_of_it():
+    """Against an exhaustive search, both winners timed again in a fresh process."""
+    found = json.loads((RECORDED.parent / "autotune.json").read_text())
+    assert found["sources"]["cuda_src"] == sources_digest()["cuda_src"] and len(found["shapes"]) >= 40
+    assert found["tuned_over_exhaustive"]["geomean"] >= 0.98 and found["tuned_over_exhaustive"]["worst"] >= 0.95
+    assert found["model_over_exhaustive"]["geomean"] >= 0.95 and found["model_over_exhaustive"]["worst"] >= 0.85
+    assert found["seconds_cold"] <= 5 and found["seconds_warm"] <= 1 and found["seconds_sweep"] <= 240
+
+
 def test_what_ships_is_of_this_kernel_and_legal():
     shipped = exchange.read(Path(keys.__file__).parent / "data" / "h200.json")
     assert len(shipped) >= 40

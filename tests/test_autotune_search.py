@@ -348,17 +348,22 @@ search.tune = mortal
 
 
 @pytest.fixture
-def two_cards(card, compiled, monkeypatch, tmp_path):
+def pretended_elsewhere(card, compiled, monkeypatch, tmp_path):
+    """Processes that tests start have the pretended driver too."""
+    (tmp_path / "sitecustomize.py").write_text(_PRETEND.format(library=str(compiled)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)]))
+
+
+@pytest.fixture
+def two_cards(card, pretended_elsewhere, monkeypatch):
     """Runs `rtk autotune run` on two pretended cards as a user does; its workers are processes of their own."""
     card(n176=40)
     monkeypatch.setenv("PRETENDED_GPUS", "2")
-    (tmp_path / "sitecustomize.py").write_text(_PRETEND.format(library=str(compiled)))
 
     def run(*lines):
         shapes_of = [part for line in lines for part in ("--shape", line)]
         return subprocess.run(
             [sys.executable, "-m", "rtk.cli", "autotune", "run", *shapes_of, "--gpus", "all", "--json"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])},
             capture_output=True,
             text=True,
             timeout=280,
@@ -417,6 +422,30 @@ def test_the_check_of_every_config_goes_on_and_tells_the_wrong_ones(card, monkey
     assert "window=200:0" in "".join(found)
     said = capsys.readouterr().out
     assert tuning.check(out, 5.0) == 0 and said.count("configs") == 2 and capsys.readouterr().out == ""
+
+
+def test_the_judgement_of_the_tuner(card, trusting, pretended_elsewhere, monkeypatch, tmp_path):
+    """Each way's config is named, timed again in another process, and compared."""
+    from rtk.benchmarks import tuning
+
+    problem, other = shapes.parse(LINE), shapes.parse("hq=4,sq=300,d=64")
+    monkeypatch.setattr(tuning, "judged", lambda: [problem, other])
+    monkeypatch.setattr(tuning, "swept", lambda: [problem])
+    monkeypatch.setattr(tuning, "_FIRST", LINE)
+    names = {tuning._name(config): 50.0 for config in AttentionFwd().configs(problem)}
+    fastest = next(name for name in names if name.startswith("m128n80s3"))
+    card(n176=40, **{fastest: 36})
+    out = tmp_path / "autotune.json"
+    tuning.judge([(problem, names | {fastest: 36.0})], out)
+    found = json.loads(out.read_text())
+    (shape,) = found["shapes"]
+    assert shape["labels"]["exhaustive"] == fastest and "n176" in shape["labels"]["tuned"]
+    assert shape["us"] == pytest.approx({"exhaustive": 36, "tuned": 40, "model": 50, "default": 50}, rel=0.02)
+    assert found["tuned_over_exhaustive"]["worst"] == pytest.approx(0.9, rel=0.02)
+    assert found["model_over_exhaustive"]["geomean"] == pytest.approx(0.72, rel=0.02)
+    assert found["tuned_over_default"]["geomean"] == pytest.approx(1.25, rel=0.02)
+    assert found["space"] == {shape["problem"]: len(names)}
+    assert 0 < found["seconds_warm"] < found["seconds_cold"] and found["seconds_sweep"] > 0
 
 
 def _two(spec, problem):
