@@ -15,6 +15,7 @@ from rtk.errors import ArgumentError
 SCHEMA = 1
 BUSY_S = 60.0  # how long a process waits for the others
 RETRY_S = 0.01
+LOCK = ".autotune.lock"  # in the cache folder: a byte of it for each thing that one process does at a time
 KEY = ("kernel", "sources", "gpu", "exact", "sizes")
 CHOICE = ("config", "problem", "us", "driver", "nvrtc", "rtk", "date")
 TIMING = ("config", "us", "us_q1", "us_q3", "rounds", "driver", "nvrtc", "date")

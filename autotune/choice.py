@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from rtk.autotune import exchange
 from rtk.autotune.keys import Choice, Gpu, digest
+from rtk.cache import default_cache
 from rtk.errors import ArgumentError
 from rtk.spec import KernelSpec, config_fields
 
@@ -45,29 +46,32 @@ class Chosen:
 
 @dataclass
 class _Table:
-    """The choices of one kernel on one model of GPU: {what must agree: {half-steps: a choice, or a row that shipped}}.
+    """The choices of one kernel on one model of GPU: {what must agree: {half-steps: choices, and rows that shipped}}.
 
     Of what ships a process uses little: a row is made a choice when it is asked for.
     """
 
-    buckets: dict[tuple[Any, ...], dict[tuple[int, ...], Choice | dict[str, Any]]] = field(default_factory=dict)
+    buckets: dict[tuple[Any, ...], dict[tuple[int, ...], list[Choice | dict[str, Any]]]] = field(default_factory=dict)
 
     def add(self, exact: tuple[Any, ...], steps: tuple[int, ...], entry: Choice | dict[str, Any]) -> None:
-        self.buckets.setdefault(exact, {})[steps] = entry
+        """What is added last goes before the others of its bucket."""
+        self.buckets.setdefault(exact, {}).setdefault(steps, []).insert(0, entry)
 
-    def nearest(self, exact: tuple[Any, ...], steps: tuple[int, ...]) -> list[tuple[int, Choice, bool]]:
+    def nearest(self, exact: tuple[Any, ...], steps: tuple[int, ...]) -> Iterator[tuple[int, Choice, bool]]:
         """(distance in half-steps, choice, whether it shipped), nearest first; of one distance, the smaller size."""
         found = self.buckets.get(exact)
         if not found:
-            return []
-        if steps in found:
-            return [(0, *_as_choice(found[steps]))]
+            return
+        for entry in found.get(steps, ()):
+            yield 0, *_as_choice(entry)
         near = []
         for other in found:
             distance = sum(abs(a - b) for a, b in zip(steps, other, strict=False))
-            if len(other) == len(steps) and distance <= _FURTHEST:
+            if len(other) == len(steps) and 0 < distance <= _FURTHEST:
                 near.append((distance, other))
-        return [(distance, *_as_choice(found[other])) for distance, other in sorted(near)]
+        for distance, other in sorted(near):
+            for entry in found[other]:
+                yield distance, *_as_choice(entry)
 
 
 def _as_choice(entry: Choice | dict[str, Any]) -> tuple[Choice, bool]:
@@ -85,7 +89,7 @@ class _State:
         self.lock = threading.Lock()
         self.tables: _Tables | None = None
         self.frozen = False
-        self.mode: str | None = None  # of a context manager, before RTK_AUTOTUNE
+        self.modes: list[list[str]] = []  # of `using`, before RTK_AUTOTUNE: the last one counts
         self.readings = 0  # how often they are to be read again
 
 
@@ -151,7 +155,8 @@ def digest_of(spec: KernelSpec[Any, Any]) -> str:
 
 def current_mode() -> str:
     """Of `using`, else of RTK_AUTOTUNE, else "cached". ArgumentError for what is none."""
-    mode = _state.mode or os.environ.get("RTK_AUTOTUNE") or "cached"
+    modes = _state.modes
+    mode = (modes[-1][0] if modes else None) or os.environ.get("RTK_AUTOTUNE") or "cached"
     if mode not in MODES:
         raise ArgumentError("RTK_AUTOTUNE", mode, ", ".join(MODES))
     return mode
@@ -159,19 +164,26 @@ def current_mode() -> str:
 
 @contextlib.contextmanager
 def using(mode: str) -> Iterator[None]:
-    """Calls within get their configurations in this mode, in every thread of the process."""
+    """Calls within get their configurations in this mode, in every thread of the process; the block begun last counts.
+
+    (RTK_AUTOTUNE is for a process from its start on: calls that are prepared already do not look at it again.)
+    """
     if mode not in MODES:
         raise ArgumentError("mode", mode, ", ".join(MODES))
-    before, _state.mode = _state.mode, mode
+    state, ours = _state, [mode]  # a list of its own: blocks of other threads may end before this one
+    with state.lock:
+        state.modes = [*state.modes, ours]
     try:
         yield
     finally:
-        _state.mode = before
+        with state.lock:
+            state.modes = [each for each in state.modes if each is not ours]
 
 
 def epoch() -> tuple[str | None, int]:
     """What a prepared call depends on besides its problem: it is prepared anew when this is another."""
-    return _state.mode, _state.readings
+    modes = _state.modes
+    return modes[-1][0] if modes else None, _state.readings
 
 
 def freeze() -> None:
@@ -183,8 +195,9 @@ def freeze() -> None:
 def reload() -> None:
     """Reads the stores again, for what was put there since; not in a frozen process."""
     if not _state.frozen:
-        _state.tables = None
-        _state.readings += 1
+        with _state.lock:  # a reading under way began before: it must not be what is kept
+            _state.tables = None
+            _state.readings += 1
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -212,9 +225,11 @@ def _read() -> _Tables:
         for row in exchange.rows(json.loads(path.read_text(encoding="utf-8")), str(path)):
             steps = tuple(row["sizes"].values())
             table(row["kernel"], row["sources"], Gpu(**row["gpu"])).add(tuple(row["exact"].items()), steps, row)
-    for choice in Store().choices():  # what was measured here goes before what ships
-        place = choice.place
-        table(place.kernel, place.sources, place.gpu).add(place.bucket.exact, place.bucket.size_steps, choice)
+    cache = default_cache()
+    for folder in (*reversed(cache.read_only), cache.path):  # what was measured here goes before what ships
+        for choice in Store(folder).choices():
+            place = choice.place
+            table(place.kernel, place.sources, place.gpu).add(place.bucket.exact, place.bucket.size_steps, choice)
     return tables
 
 

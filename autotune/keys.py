@@ -76,7 +76,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Timed:
-    """One candidate's time in µs: median and quartiles over the rounds; and what it was built and run with."""
+    """One candidate's time in µs: median and quartiles over the rounds; and what it was built and run with.
+
+    With no rounds it could not be used: it does not compile, cannot be launched, or gives a wrong answer.
+    """
 
     config: Config
     us: float
@@ -86,6 +89,10 @@ class Timed:
     driver: str = ""
     nvrtc: str = ""
     date: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.rounds == 0
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,12 @@ def run(
     Raises ArgumentError for a problem or device that is none, and ToolchainError where there is no GPU. A problem that
     cannot be tuned is in the summary's `failed`.
     """
+    if isinstance(problems, str):
+        raise ArgumentError("problems", problems, "a list of problems")
     found = [_problem(problem) for problem in problems]
     _check_devices(devices)
+    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0):
+        raise ArgumentError("minutes", minutes, "a positive number, or None for no limit")
     try:
         return session.run(
             found,
@@ -81,7 +85,8 @@ class Explanation:
 def explain(problem: Problem) -> Explanation:
     """What a call of a problem gets, and what speaks for it: the model's estimates beside what was measured."""
     found, gpu = _problem(problem), gpu_here()
-    timed = {tuple(sorted(each.config.items())): each.us for each in Store().timings(Place.of(SPEC, found, gpu))}
+    timings = Store().timings(Place.of(SPEC, found, gpu))
+    timed = {tuple(sorted(each.config.items())): each.us for each in timings if not each.failed}
     space = SPEC.configs(found)
     estimates = model.estimate_us(SPEC, found, space, model.Machine.of(gpu))
     candidates = [
@@ -153,6 +158,8 @@ def _check_devices(devices: Sequence[int]) -> None:
     if not driver.available():
         raise ToolchainError("tuning needs a GPU", "run it where `rtk doctor` is content")
     count = driver.device_count()
+    if not isinstance(devices, Sequence) or len(set(devices)) != len(devices) or not devices:
+        raise ArgumentError("devices", devices, "a list of GPUs' numbers, each once")
     for device in devices:
         if type(device) is not int or not 0 <= device < count:
             raise ArgumentError("device", device, f"a GPU's number, 0 to {count - 1}")

@@ -7,25 +7,22 @@ what goes wrong is one warning, and the call runs with the cost model's pick.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 import warnings
-import zlib
-from collections.abc import Iterator
 from typing import Any
 
-from rtk import driver, entries
-from rtk.autotune import choice, ranks
+from rtk import driver
+from rtk.autotune import choice, locks, ranks
+from rtk.autotune.backend import LOCK
 from rtk.autotune.keys import Gpu, Place
 from rtk.autotune.store import Store
 from rtk.cache import default_cache
-from rtk.errors import CacheWarning, RtkError
+from rtk.errors import CacheWarning
 from rtk.spec import KernelSpec
 
-_LOCK = ".autotune-calls.lock"  # a byte of it for each place
 _WAIT_S = 120.0  # for another process that tunes the place
 _RANK_WAIT_S = 30.0  # for one that may never come to it
 _LOOK_EVERY_S = 0.05
@@ -37,20 +34,32 @@ _settled: set[Place] = set()  # tuned, or tried in vain, by this process
 
 def settle(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int) -> bool:
     """Sees to it that the problem's bucket is tuned, if that can be done now; True where there may be a new choice."""
-    place = Place.of(spec, problem, Gpu.of(device))
+    place, policy = Place.of(spec, problem, Gpu.of(device)), ranks.policy()
     if place in _settled or driver.is_capturing(stream):
         return False
     with _lock:  # one at a time in this process: two that time would disturb each other
-        if place in _settled:
+        if place in _settled:  # meanwhile
             return True
-        _settled.add(place)
-        if not ranks.may_tune():
-            return ranks.policy() == "wait" and _appeared(place, _RANK_WAIT_S)
-        with _turn(place) as mine:
-            if mine and not _is_stored(place):
-                _tune(spec, problem, device, stream)
+        try:
+            if not ranks.may_tune():
+                return policy == "wait" and _appeared(place, _RANK_WAIT_S)
+            _tune_in_turn(spec, problem, device, stream, place)
+        finally:  # in vain or not, once
+            _settled.add(place)
     choice.reload()
     return True
+
+
+def _tune_in_turn(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int, place: Place) -> None:
+    """By one process of the machine; this one waits while another does it."""
+    folder = default_cache().path
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with locks.held(folder / LOCK, "\0".join(place.columns()), _WAIT_S) as mine:
+            if mine and not _is_stored(place):
+                _tune(spec, problem, device, stream)
+    except OSError as error:
+        warnings.warn(f"rtk: {folder} takes no tuned choices: {error}", CacheWarning, stacklevel=2)
 
 
 def _tune(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int) -> None:
@@ -59,30 +68,12 @@ def _tune(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int) ->
     try:
         driver.synchronize(stream)  # what the program has enqueued would be timed too
         found = search.tune(spec, problem, device)
-    except RtkError as error:
-        warnings.warn(f"rtk: {problem} is not tuned: {error}", RuntimeWarning, stacklevel=2)
+    except Exception as error:  # whatever it is, the call can run without
+        text = str(error).removeprefix("rtk: ")
+        warnings.warn(f"rtk: {spec.describe(problem)} is not tuned: {text}", RuntimeWarning, stacklevel=2)
     else:
         took = f"{found.choice.us:.1f} us, {found.gain:.3f} times the first pick's speed, in {found.seconds:.1f} s"
         _log.info("tuned %s: %s", found.choice.problem, took)
-
-
-@contextlib.contextmanager
-def _turn(place: Place) -> Iterator[bool]:
-    """Whether this process may tune the place; waits while another one does."""
-    folder = default_cache().path
-    position = zlib.crc32("\0".join(place.columns()).encode())
-    with contextlib.ExitStack() as kept:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = kept.enter_context(open(folder / _LOCK, "ab", buffering=0))  # closing it gives the lock back
-        except OSError as error:
-            warnings.warn(f"rtk: {folder} takes no tuned choices: {error}", CacheWarning, stacklevel=2)
-            yield False
-            return
-        deadline = time.monotonic() + _WAIT_S
-        while (got := entries.try_lock(file.fileno(), position)) is False and time.monotonic() < deadline:
-            time.sleep(_LOOK_EVERY_S)
-        yield got is not False
 
 
 def _is_stored(place: Place) -> bool:

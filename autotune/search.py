@@ -60,26 +60,29 @@ def tune(
     store = store or Store()
     configs = _candidates(spec, problem, place, store, candidates, again)
     progress(f"compiling {len(configs)} candidates")
-    configs = _compiled(spec, configs)
+    compiled = _compiled(spec, configs)
     with trial.entered(device, spec, problem) as trying:
-        ready = _ready(trying, configs)
+        ready = _ready(trying, compiled)
         progress(f"timing {len(ready)} candidates")
         outcome = halving.best(len(ready), lambda left, rounds: trying.measure(left, rounds))
-        timings = tuple(_timed(config, rounds) for config, rounds in zip(ready, outcome.paired(), strict=True))
-        winner = _right(trying, ready, timings, outcome.winner)
-    pick_us = timings[0].us
-    versions = {"driver": _driver(), "nvrtc": toolchain.nvrtc().build, "rtk": rtk.__version__, "date": _now()}
-    choice = Choice(place, config_fields(ready[winner]), spec.describe(problem), timings[winner].us, **versions)
+        times = [_timed(config, rounds) for config, rounds in zip(ready, outcome.paired(), strict=True)]
+        winner, wrong = _right(trying, ready, times, outcome.winner)
+    pick_us = times[0].us
+    timings = [timed for config, timed in zip(ready, times, strict=True) if config not in wrong]
+    timings += [_timed(config, ()) for config in configs if config not in ready or config in wrong]
+    versions = {"driver": driver_here(), "nvrtc": toolchain.nvrtc().build, "rtk": rtk.__version__, "date": now()}
+    choice = Choice(place, config_fields(ready[winner]), spec.describe(problem), times[winner].us, **versions)
     kept = store.put(choice, timings)
-    return Tuned(problem, choice, timings, pick_us, time.monotonic() - start, kept)
+    return Tuned(problem, choice, tuple(timings), pick_us, time.monotonic() - start, kept)
 
 
 def untried(
     spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, store: Store, candidates: int | None = CANDIDATES
 ) -> list[Any]:
-    """Those of the candidates that the NVRTC that is here never built to be timed: of a changed space, what is new."""
-    here = toolchain.nvrtc().build
-    timed = {_key(found.config) for found in store.timings(Place.of(spec, problem, gpu)) if found.nvrtc == here}
+    """Those of the candidates that were never tried with today's NVRTC and driver: of a changed space, what is new."""
+    here = (toolchain.nvrtc().build, driver_here())
+    timings = store.timings(Place.of(spec, problem, gpu))
+    timed = {_key(found.config) for found in timings if (found.nvrtc, found.driver) == here}
     return [config for config in _proposed(spec, problem, gpu, candidates) if _key(config_fields(config)) not in timed]
 
 
@@ -89,7 +92,8 @@ def _candidates(
     """The model's first pick; all that is proposed, or what of it is new; and what was best before. Each once."""
     proposed = _proposed(spec, problem, place.gpu, count)
     known = {_key(config_fields(config)): config for config in spec.configs(problem)}
-    before = sorted(store.timings(place), key=lambda timed: timed.us)[:_BEST_BEFORE]
+    usable = [timed for timed in store.timings(place) if not timed.failed]
+    before = sorted(usable, key=lambda timed: timed.us)[:_BEST_BEFORE]
     new = proposed if again else untried(spec, problem, place.gpu, store, count)
     best_before = [known[_key(timed.config)] for timed in before if _key(timed.config) in known]
     return list(dict.fromkeys([proposed[0], *new, *best_before]))
@@ -137,29 +141,36 @@ def _ready(trying: trial.Trial, configs: Sequence[Any]) -> list[Any]:
     return ready
 
 
-def _right(trying: trial.Trial, ready: Sequence[Any], timings: Sequence[Timed], winner: int) -> int:
-    """The winner, or the fastest of the others where its answer is wrong. RtkError where all are wrong."""
+def _right(trying: trial.Trial, ready: Sequence[Any], timings: Sequence[Timed], winner: int) -> tuple[int, list[Any]]:
+    """(the winner, or the fastest of the others where its answer is wrong; who was wrong). RtkError if all are."""
     others = sorted((i for i in range(len(ready)) if i != winner), key=lambda i: timings[i].us)
-    wrong: list[str] = []
+    wrong: dict[int, str] = {}
     for index in (winner, *others):
         said = trying.verify(ready[index])
         if not said:
             if wrong:
-                warnings.warn(f"rtk: left out, for a wrong answer: {'; '.join(wrong)}", RuntimeWarning, stacklevel=3)
-            return index
-        wrong.append(f"{config_fields(ready[index])}: {said}")
-    raise RtkError("no candidate gives the right answer: " + "; ".join(wrong[:3]))
+                left_out = "; ".join(f"{config_fields(ready[each])}: {what}" for each, what in wrong.items())
+                warnings.warn(f"rtk: left out, for a wrong answer: {left_out}", RuntimeWarning, stacklevel=3)
+            return index, [ready[each] for each in wrong]
+        wrong[index] = said
+    first = next(iter(wrong))
+    raise RtkError(f"no candidate gives the right answer: {config_fields(ready[first])}: {wrong[first]}")
+
+
+_NEVER_US = 1e9  # stands for the time of what cannot be used
 
 
 def _timed(config: Any, rounds: Sequence[float]) -> Timed:
-    ordered = sorted(rounds)
+    """Of the rounds' µs; of none for a config that cannot be used."""
+    ordered = sorted(rounds) or [_NEVER_US]
     q1, median, q3 = (ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
-    return Timed(config_fields(config), median, q1, q3, len(rounds), _driver(), toolchain.nvrtc().build, _now())
+    return Timed(config_fields(config), median, q1, q3, len(rounds), driver_here(), toolchain.nvrtc().build, now())
 
 
-def _driver() -> str:
+def driver_here() -> str:
+    """The version of CUDA that the driver serves; "" where there is none."""
     return ".".join(map(str, toolchain.driver_version() or ())) if driver.available() else ""
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -5,6 +5,7 @@ Ctrl-C, a deadline or a lost process cost at most the problems under way; the sa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import signal
@@ -12,13 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from rtk import shapes
+from rtk import shapes, toolchain
 from rtk.autotune import model, search, trial
 from rtk.autotune.choice import config_of
-from rtk.autotune.keys import Choice, Gpu, Place
+from rtk.autotune.keys import Choice, Gpu, Place, digest
 from rtk.autotune.search import Tuned
 from rtk.autotune.store import Store
 from rtk.errors import ArgumentError, RtkError
@@ -125,16 +126,24 @@ def waiting(
 def verify(
     choices: Iterable[Choice], device: int, *, spec: KernelSpec[Any, Any] = SPEC, rounds: int = 15
 ) -> Iterator[tuple[Choice, float, float]]:
-    """(choice, µs now, µs of the model's pick now) of each stored choice of this GPU and these sources."""
-    gpu = Gpu.of(device)
+    """(choice, µs now, µs of the model's pick now) of each stored choice of this GPU and these sources.
+
+    The new time is stored with today's versions, and the choice is no longer marked as another version's.
+    """
+    gpu, store = Gpu.of(device), Store()
     for stored in choices:
-        problem = shapes.parse(stored.problem)
-        if stored.place != Place.of(spec, problem, gpu):
+        if (stored.place.kernel, stored.place.sources, stored.place.gpu) != (spec.name, digest(spec), gpu):
+            continue
+        try:
+            problem = shapes.parse(stored.problem)
+        except ArgumentError:  # imported, of what this version cannot read
             continue
         config = config_of(spec, problem, stored)
-        if config is None:
+        if config is None or stored.place != Place.of(spec, problem, gpu):
             continue
         now, pick = retimed(spec, problem, [config, model.pick(spec, problem, model.Machine.of(gpu))], device, rounds)
+        nvrtc = toolchain.nvrtc().build
+        store.put(replace(stored, us=now, driver=search.driver_here(), nvrtc=nvrtc, date=search.now()))
         yield stored, now, pick
 
 
@@ -201,31 +210,49 @@ def _on_several(
         running: dict[Future[Done], tuple[int, float]] = {}
         while rest or running:
             in_time = deadline is None or time.monotonic() + longest < deadline
-            while in_time and rest and len(running) < len(devices):
-                number, problem = rest.pop()
-                watcher.begun(problem, number, len(todo))
-                running[pool.submit(_work, tune, problem)] = number, time.monotonic()
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, start = running.pop(future)
-                longest = max(longest, time.monotonic() - start)
-                try:
+            try:
+                while in_time and rest and len(running) < len(devices):
+                    number, problem = rest.pop()
+                    watcher.begun(problem, number, len(todo))
+                    with _no_interrupts():  # a process that starts inherits that
+                        running[pool.submit(_work, tune, problem)] = number, time.monotonic()
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    number, start = running.pop(future)
+                    longest = max(longest, time.monotonic() - start)
                     done.append(future.result())
-                except BrokenProcessPool:
-                    raise RtkError(_LOST) from None
-                _tell(watcher, done[-1], number, len(todo))
+                    _tell(watcher, done[-1], number, len(todo))
+            except BrokenProcessPool:
+                raise RtkError(_LOST) from None
+            except KeyboardInterrupt:  # what is under way ends in seconds, and is stored
+                for future in wait(running).done:
+                    _tell(watcher, future.result(), running[future][0], len(todo))
+                raise
     return done
 
 
-_LOST = "rtk: a process that tuned has ended unexpectedly; what was done is stored, and the same command goes on"
+_LOST = (
+    "rtk: a process that tuned has ended unexpectedly; what was done is stored, and the same command goes on. "
+    "(A script that tunes on several GPUs must do so below `if __name__ == '__main__':`.)"
+)
 _device = 0  # of this process, where it works for another
 
 
 def _enter(free: Any) -> None:
     global _device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _device = free.get()
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(tune: Tune, problem: AttentionProblem) -> Done:

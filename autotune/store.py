@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from rtk import entries
-from rtk.autotune.backend import BUSY_S, RETRY_S, Backend, DamagedError, check_owner
+from rtk.autotune import locks
+from rtk.autotune.backend import BUSY_S, LOCK, Backend, DamagedError, check_owner
 from rtk.autotune.keys import Choice, Place, Timed
 from rtk.cache import default_cache
 from rtk.errors import CacheWarning
 
 NAME = "autotune.sqlite3"
 FOLDER = "autotune"  # of entries, where there is no SQLite
-_LOCK = ".autotune.lock"
 # File systems of several machines: SQLite's write-ahead log needs memory that they do not share.
 _SHARED_FILE_SYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "fuse", "glusterfs")
 
@@ -99,10 +98,7 @@ class Store:
         """Moves the damaged file away, unless another process has done so by now."""
         from rtk.autotune.store_sqlite import is_damaged
 
-        with open(self.folder / _LOCK, "ab", buffering=0) as lock:
-            deadline = time.monotonic() + BUSY_S
-            while entries.try_lock(lock.fileno(), 0) is False and time.monotonic() < deadline:
-                time.sleep(RETRY_S)
+        with locks.held(self.folder / LOCK, NAME, BUSY_S):
             if not is_damaged(path):
                 return
             aside = path.with_name(f"{NAME}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")

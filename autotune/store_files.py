@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rtk import entries
-from rtk.autotune.backend import CHOICE, NO_ROW, SCHEMA, check_owner, choice_of, readable, text_of
+from rtk.autotune import locks
+from rtk.autotune.backend import BUSY_S, CHOICE, LOCK, NO_ROW, SCHEMA, check_owner, choice_of, readable, text_of
 from rtk.autotune.keys import Choice, Place, Timed
 
 
@@ -23,14 +24,16 @@ class FilesBackend:
 
     def put(self, choice: Choice, timings: Sequence[Timed]) -> None:
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        newer = {text_of(timed.config): timed for timed in (*self.timings(choice.place), *timings)}
-        contents = {
-            "schema": SCHEMA,
-            "place": choice.place.columns(),
-            **{name: getattr(choice, name) for name in CHOICE},
-            "timings": [asdict(timed) for timed in newer.values()],
-        }
-        entries.write(str(self._path(choice.place)), json.dumps(contents).encode(), 0o600)
+        path = self._path(choice.place)
+        with locks.held(self._folder.parent / LOCK, path.name, BUSY_S):  # reading and writing are one step
+            newer = {text_of(timed.config): timed for timed in (*self.timings(choice.place), *timings)}
+            contents = {
+                "schema": SCHEMA,
+                "place": choice.place.columns(),
+                **{name: getattr(choice, name) for name in CHOICE},
+                "timings": [asdict(timed) for timed in newer.values()],
+            }
+            entries.write(str(path), json.dumps(contents).encode(), 0o600)
 
     def choices(self) -> Iterator[Choice]:
         if not self._folder.is_dir():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from rtk.autotune.backend import (
     BUSY_S,
@@ -71,9 +73,14 @@ class SqliteBackend:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
+        # A folder that cannot be written, as of a container image, holds a file that nobody changes.
+        changes = os.access(self._path.parent, os.W_OK, effective_ids=True)
+        name = self._path if changes else f"file:{quote(str(self._path))}?mode=ro&immutable=1"
         try:
-            with contextlib.closing(sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)) as connection:
-                _retried(lambda: _prepare(connection))
+            opened = sqlite3.connect(name, timeout=BUSY_S, isolation_level=None, uri=not changes)
+            with contextlib.closing(opened) as connection:
+                connection.text_factory = lambda data: data.decode(errors="replace")  # a bad row costs that row only
+                _retried(lambda: _prepare(connection, changes))
                 yield connection
         except sqlite3.OperationalError as error:  # a full disk, a lock: not the file's fault
             raise StoreError(str(error)) from error
@@ -83,11 +90,11 @@ class SqliteBackend:
             raise StoreError(str(error)) from error
 
 
-def _prepare(connection: sqlite3.Connection) -> None:
+def _prepare(connection: sqlite3.Connection, changes: bool) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA:
         raise sqlite3.OperationalError(f"a later version of rtk made it (schema {version})")
-    if version < SCHEMA:
+    if version < SCHEMA and changes:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(_TABLES)
     connection.execute("PRAGMA synchronous = NORMAL")

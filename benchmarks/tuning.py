@@ -99,7 +99,7 @@ def raw(store: Store, gpu: Gpu) -> str:
             times = {
                 configs[tuple(sorted(each.config.items()))]: round(each.us, 3)
                 for each in store.timings(found.place)
-                if tuple(sorted(each.config.items())) in configs
+                if tuple(sorted(each.config.items())) in configs and not each.failed
             }
             problems.append({"problem": found.problem, "nvrtc": found.nvrtc, "driver": found.driver, "us": times})
     problems.sort(key=lambda each: str(each["problem"]))
@@ -354,7 +354,6 @@ def main() -> None:
     parser.add_argument("step", choices=("sweep", "raw", "check", "fit", "judge", "plot", "_tuned", "_retime"))
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--gpu", help="raw: the name of the GPU whose times are wanted (the one that is here)")
     given = parser.parse_args()
     if len(given.files) != {"raw": 1, "check": 1, "fit": 1, "judge": 2, "plot": 2}.get(given.step, 0):
         parser.error(f"{given.step} needs other files: see above")
@@ -362,9 +361,7 @@ def main() -> None:
         left = manage.run([*judged(), *fitted()], exhaustive=True, minutes=given.minutes).left
         print(f"{len(left)} problems are left")
     elif given.step == "raw":
-        gpus = {found.place.gpu for found in Store().choices() if given.gpu in (None, found.place.gpu.name)}
-        for gpu in gpus:
-            given.files[0].write_text(raw(Store(), gpu))
+        given.files[0].write_text(raw(Store(), gpu_here()))
     elif given.step == "check":
         sys.exit(1 if check(given.files[0], given.minutes) else 0)
     elif given.step == "fit":

@@ -203,6 +203,66 @@ def test_off_is_the_kernels_pick_whatever_is_stored(monkeypatch):
         pass
 
 
+def test_blocks_of_threads_may_overlap():
+    """Each ends its own: no mode stays on, and none is lost."""
+    first, second = choice.using("off"), choice.using("tune")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert choice.current_mode() == "tune"
+    second.__exit__(None, None, None)
+    assert choice.current_mode() == "cached" and choice.epoch()[0] is None
+
+
+def test_what_is_stored_while_another_thread_reads_is_read(monkeypatch):
+    read, inside, go = choice._read, threading.Event(), threading.Event()
+
+    def slow():
+        found = read()
+        inside.set()
+        go.wait()
+        return found
+
+    monkeypatch.setattr(choice, "_read", slow)
+    reader = threading.Thread(target=chosen)
+    reader.start()
+    inside.wait()
+    Store().put(choice_of(LINE, BLOCK_N=64))
+    monkeypatch.setattr(choice, "_read", read)
+    again = threading.Thread(target=choice.reload)
+    again.start()
+    go.set()
+    reader.join()
+    again.join()
+    assert chosen().origin == "stored"
+
+
+def test_a_stored_choice_does_not_hide_what_ships(tmp_path):
+    """Neither from who asks for what ships alone, nor where it cannot serve."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "h200.json").write_text(exchange.render([choice_of(LINE, BLOCK_N=96)]))
+    put = store(BLOCK_N=64)
+    assert choice.choose(SPEC, PROBLEM, H200, stored=False).origin == "shipped"
+    Store().put(replace(put, config={"NO_SUCH_FIELD": 1}))
+    choice.reload()
+    assert (chosen().origin, chosen().config.BLOCK_N) == ("shipped", 96)
+
+
+def test_choices_in_read_only_folders_count(tmp_path, monkeypatch):
+    """A container's image may bring them; the folder that is written goes first."""
+    for name, block_n in (("one", 64), ("two", 80)):
+        Store(tmp_path / name).put(choice_of(LINE, BLOCK_N=block_n))
+    Store(tmp_path / "two").put(choice_of("b=2,hq=16,sq=16384,d=128,causal", BLOCK_N=48))
+    folders = [str(tmp_path / name) for name in ("one", "two", "own")]
+    monkeypatch.setenv("RTK_CACHE_DIR", os.pathsep.join(folders))
+    choice.reload()
+    assert chosen().config.BLOCK_N == 64
+    assert chosen("b=2,hq=16,sq=16384,d=128,causal").config.BLOCK_N == 48
+    Store(tmp_path / "own").put(choice_of(LINE, BLOCK_N=96))
+    choice.reload()
+    assert chosen().config.BLOCK_N == 96
+
+
 def test_a_frozen_process_stays_as_it_is():
     store(BLOCK_N=64)
     assert chosen().config.BLOCK_N == 64
@@ -345,6 +405,10 @@ def test_choices_of_other_sources_are_kept_but_marked(capsys, tmp_path):
         (["import", "not-there.json"], 1, "not-there.json"),
         (["show"], 2, "--shape"),
         (["run"], 2, "name problems"),
+        (["clear", "--shape", LINE], 2, "clear takes no --shape; it takes --gpu"),
+        (["run", "--shape", LINE, "--gpu", "1"], 2, "run takes no --gpu"),
+        (["list", "file.json"], 2, "list takes no 'file.json'"),
+        (["verify", "--gpus", "1"], 2, "verify takes no --gpus"),
         (["export", "/not/there/file.json"], 1, "cannot be written"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,

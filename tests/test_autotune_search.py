@@ -11,12 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from rtk import driver, shapes, toolchain
-from rtk.autotune import choice, model, online, ranks, recording, search
+from rtk.autotune import choice, locks, model, online, ranks, recording, search
 from rtk.autotune.keys import Gpu, Place
 from rtk.autotune.store import Store
 from rtk.cli import main
@@ -110,7 +112,9 @@ def test_a_winner_that_is_wrong_is_passed_over(card, spec):
     card(n176=40, n144=44)
     spec.wrong = (176,)
     with pytest.warns(RuntimeWarning, match="BLOCK_N': 176.*it is planted"):
-        assert search.tune(spec, PROBLEM, 0, candidates=12).choice.config["BLOCK_N"] == 144
+        found = search.tune(spec, PROBLEM, 0, candidates=12)
+    assert found.choice.config["BLOCK_N"] == 144
+    assert {timed.config["BLOCK_N"] for timed in found.timings if timed.failed} == {176}
 
 
 def test_where_all_are_wrong_nothing_is_stored(card, spec):
@@ -124,7 +128,8 @@ def test_what_cannot_be_launched_is_left_out(card, spec):
     card(n176=-1, n144=44)
     found = search.tune(spec, PROBLEM, 0, candidates=12)
     assert found.choice.config["BLOCK_N"] == 144
-    assert all(timed.config["BLOCK_N"] != 176 for timed in found.timings)
+    assert {timed.failed for timed in found.timings if timed.config["BLOCK_N"] == 176} == {True}
+    assert search.untried(spec, PROBLEM, Gpu.of(0), Store(), 12) == [], "it is not tried again and again"
     card(attention=-1)
     with pytest.raises(DriverError):
         search.tune(Trusting(), shapes.parse("hq=4,sq=900,d=56"), 0, candidates=2)
@@ -195,6 +200,62 @@ def test_a_call_does_not_fail_for_its_tuning(card, spec, monkeypatch):
         assert choice.for_call(spec, PROBLEM, 0, 0).origin == "model"
     with choice.using("tune"):
         assert choice.for_call(spec, PROBLEM, 0, 0).origin == "model", "nor is it tried again"
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("of a verify"), OSError("gone")])
+def test_whatever_goes_wrong_the_call_runs(card, spec, monkeypatch, error):
+    monkeypatch.setattr(online, "_settled", set())
+
+    def broken(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(search, "tune", broken)
+    with choice.using("tune"), pytest.warns(RuntimeWarning, match=f"is not tuned: {error}"):
+        assert choice.for_call(spec, PROBLEM, 0, 0).origin == "model"
+
+
+def test_a_second_thread_waits_for_the_first(card, spec, monkeypatch):
+    monkeypatch.setattr(online, "_settled", set())
+    card(n176=40)
+    begun, tune, found = threading.Event(), search.tune, []
+
+    def slow(*arguments, **options):
+        begun.set()
+        time.sleep(0.3)
+        return tune(*arguments, **options)
+
+    monkeypatch.setattr(search, "tune", slow)
+    with choice.using("tune"):
+        first = threading.Thread(target=lambda: found.append(choice.for_call(spec, PROBLEM, 0, 0).origin))
+        first.start()
+        begun.wait()
+        assert choice.for_call(spec, PROBLEM, 0, 0).origin == "stored"
+        first.join()
+    assert found == ["stored"]
+
+
+def test_a_typing_error_in_what_ranks_do_is_told_every_time(card, spec, monkeypatch):
+    monkeypatch.setenv("RTK_AUTOTUNE_RANKS", "Wait")
+    with choice.using("tune"):
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="RTK_AUTOTUNE_RANKS"):
+                choice.for_call(spec, PROBLEM, 0, 0)
+
+
+def test_a_child_does_not_keep_a_lock(tmp_path):
+    with locks.held(tmp_path / "lock", "a place", 1.0) as mine:
+        assert mine
+        child = os.fork()
+        if child == 0:
+            time.sleep(2)
+            os._exit(0)
+    with locks.held(tmp_path / "lock", "a place", 0.5) as mine:
+        assert mine, "though the child is alive"
+    with locks.held(tmp_path / "lock", "a place", 0.5), locks.held(tmp_path / "lock", "another", 0.1) as mine:
+        assert mine
+        with locks.held(tmp_path / "lock", "a place", 0.05) as again:
+            assert not again
+    os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -28,6 +31,7 @@ from rtk.kernels.attention_fwd import SPEC
 from rtk.spec import Bucket
 
 ROOT = Path(__file__).resolve().parent.parent
+LINE = "b=2,hq=16,sq=4096,d=128,causal"
 H200 = Gpu("NVIDIA H200", 132, 3201000)
 
 
@@ -324,3 +328,43 @@ def test_every_key_of_an_export_is_checked(tmp_path):
         broken = {**contents, "choices": [{**contents["choices"][0], key: wrong}]}
         with pytest.raises(ArgumentError, match="choice 1"):
             exchange.parse(broken, "it")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_store_that_may_only_be_read_is_read():
+    """As in a container whose image was filled by root."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        Store(folder).put(choice_of(LINE), [Timed({"BLOCK_N": 64}, 5.0, 4.0, 6.0, 3)])
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                warnings.simplefilter("error")
+                reader = Store(folder)
+                code = 0 if len(reader.choices()) == 1 and reader.timings(choice_of(LINE).place) else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_files_keep_every_timing_of_writers_at_one_place(monkeypatch, tmp_path):
+    """Where there is no SQLite: reading what is there and writing it with more is one step."""
+    monkeypatch.setattr(store, "is_shared", lambda path: True)
+    choice = choice_of(LINE)
+    threads = [
+        threading.Thread(
+            target=lambda n=n: [
+                Store(tmp_path).put(choice, [Timed({"BLOCK_N": 100 * n + i}, 5.0, 4.0, 6.0, 3)]) for i in range(20)
+            ]
+        )
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Store(tmp_path).timings(choice.place)) == 160

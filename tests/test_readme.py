@@ -48,7 +48,8 @@ def run(page, needs, code):
 
 
 @pytest.mark.parametrize(("page", "needs", "code"), BLOCKS)
-def test_python_block(page, needs, code):
+def test_python_block(page, needs, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a block may leave files
     compile(code, str(page), "exec")
     if "gpu" not in needs:
         run(page, needs, code)
@@ -56,7 +57,8 @@ def test_python_block(page, needs, code):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("page", "needs", "code"), [block for block in BLOCKS if "gpu" in block.values[1]])
-def test_python_block_on_the_gpu(gpu, page, needs, code):
+def test_python_block_on_the_gpu(gpu, page, needs, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(page, needs, code)
 
 

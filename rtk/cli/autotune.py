@@ -13,7 +13,7 @@ from typing import Any
 
 from rtk import driver, kernels, shapes, toolchain
 from rtk.autotune import choice, exchange, manage, search, session
-from rtk.autotune.keys import Choice, Place, digest, gpu_here
+from rtk.autotune.keys import Choice, Gpu, Place, digest, gpu_here
 from rtk.autotune.store import Store
 from rtk.cache import default_cache
 from rtk.cli import console
@@ -21,8 +21,30 @@ from rtk.errors import ArgumentError
 from rtk.kernels.attention_fwd import SPEC
 from rtk.spec import config_fields
 
+# What each action looks at; anything else would be passed over in silence.
+_OPTIONS = {
+    "run": ("names", "shape", "recorded", "minutes", "exhaustive", "again", "gpus"),
+    "list": ("gpu",),
+    "show": ("shape", "limit"),
+    "explain": ("shape", "limit"),
+    "verify": ("gpu",),
+    "export": ("names", "gpu"),
+    "import": ("names", "gpu"),
+    "clear": ("gpu",),
+}
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    for name in ("names", "shape", "recorded", "minutes", "exhaustive", "again", "gpus", "gpu", "limit"):
+        given = getattr(arguments, name)
+        if given != arguments.parser.get_default(name) and given != [] and name not in _OPTIONS[arguments.action]:
+            called = f"{given[0]!r}" if name == "names" else f"--{name}"
+            taken = ", ".join("FILE" if each == "names" else f"--{each}" for each in _OPTIONS[arguments.action])
+            arguments.parser.error(f"{arguments.action} takes no {called}; it takes {taken}")
+
 
 def run(arguments: argparse.Namespace) -> int:
+    _check_options(arguments)
     actions = {
         "run": _run,
         "list": _list,
@@ -50,7 +72,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 watcher=watcher,
             )
         except KeyboardInterrupt:
-            print(f"rtk: interrupted: {_count(len(watcher.done))} stored; the same command goes on", file=sys.stderr)
+            done = _count(sum(found.stored for found in watcher.done))
+            print(f"rtk: interrupted: {done} stored; the same command goes on", file=sys.stderr)
             return 130
     if arguments.json:
         console.write_json(_report(summary))
@@ -126,6 +149,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.write_json(
             {
+                "gpu": found.gpu.to_json(),
+                "mode": choice.current_mode(),
                 "shape": shapes.describe(found.problem),
                 "label": SPEC.label(config),
                 "origin": found.chosen.origin,
@@ -136,7 +161,7 @@ def _explain(arguments: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(f"{shapes.describe(found.problem)} on {found.gpu.name}: {SPEC.label(config)}\n  {_why(found.chosen)}")
+    print(f"{shapes.describe(found.problem)} on {_named(found.gpu)}: {SPEC.label(config)}\n  {_why(found.chosen)}")
     rows = [
         (
             _fields(config_fields(each.config)),
@@ -144,26 +169,31 @@ def _explain(arguments: argparse.Namespace) -> int:
             f"{each.estimate_us:.1f}",
             "<" * (each.config == config),
         )
-        for each in found.candidates[: arguments.limit]
+        for place, each in enumerate(found.candidates)
+        if place < arguments.limit or each.config == config
     ]
     print(console.table(("config", "us", "estimate", ""), rows))
     timed = [each for each in found.candidates if each.us is not None]
     print(f"  {len(timed)} of {len(found.candidates)} configs were timed")
     if timed:
-        print(f"  {_margin(timed)}")
+        print(f"  {_margin(config, timed)}")
     return 0
 
 
-def _margin(timed: Sequence[manage.Candidate]) -> str:
-    """Why the winner wins: what it differs in from the one that comes next, and by how much."""
-    best, *others = timed
-    if not others or best.us is None or others[0].us is None:
-        return "no other was timed"
-    ours, theirs = config_fields(best.config), config_fields(others[0].config)
-    differ = ", ".join(f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name])
-    said = f"the fastest is {others[0].us / best.us:.3f} times as fast as the next, from which it differs in: {differ}"
-    expected = others[0].estimate_us / best.estimate_us
-    return f"{said}; the model expected {expected:.3f}"
+def _margin(config: Any, timed: Sequence[manage.Candidate]) -> str:
+    """Why it was chosen: what it differs in from the best of the others, and by how much it is faster."""
+    ours = next((each for each in timed if each.config == config), None)
+    other = next((each for each in timed if each.config != config), None)
+    if ours is None or other is None or ours.us is None or other.us is None:
+        return "it was not timed here" if ours is None else "no other was timed"
+    mine, its = config_fields(ours.config), config_fields(other.config)
+    differ = ", ".join(f"{name} {int(mine[name])}, not {int(its[name])}" for name in mine if mine[name] != its[name])
+    said = f"it is {other.us / ours.us:.3f} times as fast as the best of the others, from which it differs in: {differ}"
+    return f"{said}; the model expected {other.estimate_us / ours.estimate_us:.3f}"
+
+
+def _named(gpu: Gpu) -> str:
+    return gpu.name if driver.available() else f"{gpu.name}, assumed, since no GPU is here"
 
 
 class _Watcher:
@@ -171,12 +201,12 @@ class _Watcher:
 
     def __init__(self, progress: console.Progress) -> None:
         self._progress, self._begun = progress, time.monotonic()
-        self._head = ""
+        self._head, self._failed = "", 0
         self.done: list[search.Tuned] = []
 
     def begun(self, problem: Any, number: int, total: int) -> None:
-        spent = time.monotonic() - self._begun
-        left = f", about {spent / (number - 1) * (total - number + 1):.0f} s left" if number > 1 else ""
+        spent, ended = time.monotonic() - self._begun, len(self.done) + self._failed
+        left = f", about {spent / ended * (total - ended):.0f} s left" if ended else ""
         self._head = f"[{number}/{total}{left}] {shapes.describe(problem)}"
         self._progress(self._head)
 
@@ -189,6 +219,7 @@ class _Watcher:
         self._progress(f"[{number}/{total}] {found.choice.problem}: {found.choice.us:.1f} us, {gains}")
 
     def failed(self, found: session.Failed, number: int, total: int) -> None:
+        self._failed += 1
         self._progress(f"[{number}/{total}] {shapes.describe(found.problem)}: {found.error}")
 
 
@@ -223,7 +254,7 @@ def _devices(text: str) -> list[int]:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    found = [(found, _state(found)) for found in _ordered(Store().choices())]
+    found = [(found, _state(found)) for found in _ordered(manage.stored(arguments.gpu))]
     if arguments.json:
         choices = [{**exchange.row(each), "state": state} for each, state in found]
         console.write_json({"folder": str(Store().folder), "choices": choices})
@@ -267,7 +298,7 @@ def _show(arguments: argparse.Namespace) -> int:
         )
         return 0
     for problem, found, timings in shown:
-        print(f"{shapes.describe(problem)} on {gpu.name}: {SPEC.label(found.config)}")
+        print(f"{shapes.describe(problem)} on {_named(gpu)}: {SPEC.label(found.config)}")
         print(f"  {_why(found)}")
         for timed in timings[: arguments.limit]:
             print(f"  {timed.us:10.1f} us  {_fields(timed.config)}")
@@ -315,7 +346,9 @@ def _state(found: Choice) -> str:
     if sources.get(found.place.kernel) != found.place.sources:
         return "other sources"
     here = toolchain.nvrtc().build if toolchain.find_nvrtc() else ""
-    return "other NVRTC" if found.nvrtc and here and found.nvrtc != here else "current"
+    if found.nvrtc and here and found.nvrtc != here:
+        return "other NVRTC"
+    return "other driver" if found.driver and search.driver_here() not in ("", found.driver) else "current"
 
 
 _WITHOUT_CHOICE = {
