@@ -47,8 +47,10 @@ def largest() -> Iterator[Any]:
     """For each head_dim and number of consumers the config with the widest tile; the other choices take turns."""
     turn = 0
     for head_dim in HEAD_DIMS:
-        # The accumulators of a head_dim that is no multiple of 16 are those of the next one that is.
-        for consumers in CONSUMERS if head_dim % 16 == 0 else [1 + head_dim // 16 % 2]:
+        # The accumulators of a head_dim that is no multiple of 16 are those of the next one that is; and a thread of
+        # one consumer warpgroup has the registers and the tiles of one of two.
+        consumers_here = (1 + head_dim // 16 % 2,) if head_dim % 16 else (2, 3) if head_dim % 64 else CONSUMERS
+        for consumers in consumers_here:
             turn += 1
             score = ("plain", "softcap", "plain", "prescale")[turn % 4]
             found = SPEC.configs(problem(equal(head_dim), "both", score, DTYPES[turn // 4 % 2]))
