@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rtk.autotune.keys import Choice, Config, Place, Timed, config_of_json, time_of_json
+from rtk.autotune.keys import WORDS, Choice, Config, Place, Timed, config_of_json, time_of_json
 from rtk.errors import ArgumentError
 
 SCHEMA = 1
@@ -46,7 +46,7 @@ def check_owner(path: Path) -> None:
 
 def choice_of(columns: Sequence[Any], values: Mapping[str, Any]) -> Choice:
     """Raises ValueError, TypeError or KeyError for what is none."""
-    words = {name: str(values[name]) for name in ("problem", "driver", "nvrtc", "rtk", "date")}
+    words = {name: str(values[name]) for name in WORDS}
     return Choice(Place.from_columns(*columns), _config(values["config"]), us=time_of_json(values["us"]), **words)
 
 

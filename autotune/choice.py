@@ -12,7 +12,6 @@ process first asks; from then on an answer is a few lookups in tables. `RTK_AUTO
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import threading
@@ -104,7 +103,7 @@ def choose(spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, *, stored: bool =
     mode = current_mode()
     if mode != "off":
         of_kernel = _tables().get(spec.name)
-        table = of_kernel.get((digest_of(spec), gpu)) if of_kernel else None
+        table = of_kernel.get((digest(spec), gpu)) if of_kernel else None
         if table is not None:
             bucket = spec.bucket(problem)
             for distance, choice, shipped in table.nearest(bucket.exact, bucket.size_steps):
@@ -142,12 +141,6 @@ def config_of(spec: KernelSpec[Any, Any], problem: Any, choice: Choice) -> Any |
     except (TypeError, ArgumentError):  # the fields of another version, or a 1 for True, which is another constant
         return None
     return config if spec.refusal(problem, config) is None else None
-
-
-@functools.lru_cache(maxsize=256)
-def digest_of(spec: KernelSpec[Any, Any]) -> str:
-    """digest(), once for each instance of a spec."""
-    return digest(spec)
 
 
 # --- modes -----------------------------------------------------------------------------------------------------------

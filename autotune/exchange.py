@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rtk.autotune.keys import Choice, Gpu, Place, bucket_of, config_of_json, time_of_json
+from rtk.autotune.keys import WORDS, Choice, Gpu, Place, bucket_of, config_of_json, time_of_json
 from rtk.errors import ArgumentError
 
 SCHEMA = 1
-_WORDS = ("problem", "driver", "nvrtc", "rtk", "date")
 _ACCEPTED = "a file that `rtk autotune export` wrote"
 
 
@@ -68,7 +67,7 @@ def row(choice: Choice) -> dict[str, Any]:
         "sizes": dict(place.bucket.sizes),
         "config": choice.config,
         "us": choice.us,
-        **{name: getattr(choice, name) for name in _WORDS},
+        **{name: getattr(choice, name) for name in WORDS},
     }
 
 
@@ -77,6 +76,6 @@ def choice_of(row: Any) -> Choice:
     place = Place(
         str(row["kernel"]), str(row["sources"]), Gpu.from_json(row["gpu"]), bucket_of(row["exact"], row["sizes"])
     )
-    words = {name: str(row.get(name, "")) for name in _WORDS}
+    words = {name: str(row.get(name, "")) for name in WORDS}
     json.dumps([place.columns(), words], ensure_ascii=False).encode()  # a ValueError for half a character
     return Choice(place, config_of_json(row["config"]), us=time_of_json(row["us"]), **words)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from rtk.errors import ArgumentError
 from rtk.spec import CUDA_SOURCE, Bucket, KernelSpec
 
 Config = dict[str, int | bool]  # fields and values
+WORDS = ("problem", "driver", "nvrtc", "rtk", "date")  # of a choice: what is text
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ def bucket_of(exact: Any, sizes: Any) -> Bucket:
     return Bucket(tuple(exact.items()), tuple(sizes.items()))
 
 
+def config_key(config: Mapping[str, int | bool]) -> tuple[tuple[str, int | bool], ...]:
+    """A config's fields, to be looked up by: equal whatever their order."""
+    return tuple(sorted(config.items()))
+
+
 def config_of_json(value: Any) -> Config:
     """ValueError for what is no config."""
     if not isinstance(value, dict) or not value or not all(isinstance(x, (int, bool)) for x in value.values()):
@@ -133,8 +141,12 @@ def time_of_json(value: Any) -> float:
     return us
 
 
+@functools.lru_cache(maxsize=256)
 def digest(spec: KernelSpec[Any, Any]) -> str:
-    """sha256 (hex) of the header of a kernel and of all that it includes: what was timed is only that code."""
+    """sha256 (hex) of the header of a kernel and of all that it includes: what was timed is only that code.
+
+    Computed once for each instance of a spec, which stands for its sources as they are then.
+    """
     folders = tuple(dict.fromkeys(str(folder) for folder in (*spec.include_dirs, CUDA_SOURCE)))
     headers = jit.include_closure(jit.Source(spec.name, f"#include <{spec.header}>\n", folders))
     sha = hashlib.sha256()

@@ -12,7 +12,7 @@ from typing import Any
 from rtk import driver, shapes
 from rtk.autotune import choice, exchange, model, search, session
 from rtk.autotune.choice import Chosen
-from rtk.autotune.keys import Choice, Gpu, Place, gpu_here
+from rtk.autotune.keys import Choice, Gpu, Place, config_key, gpu_here
 from rtk.autotune.store import Store
 from rtk.errors import ArgumentError, ToolchainError
 from rtk.kernels.attention_fwd import SPEC, AttentionFwdConfig
@@ -49,7 +49,7 @@ def run(
         return session.run(
             found,
             devices,
-            watcher or session.Silent(),
+            watcher or session.Watcher(),
             candidates=None if exhaustive else search.CANDIDATES,
             deadline=None if minutes is None else time.monotonic() + 60 * minutes,
             again=again,
@@ -85,12 +85,11 @@ class Explanation:
 def explain(problem: Problem) -> Explanation:
     """What a call of a problem gets, and what speaks for it: the model's estimates beside what was measured."""
     found, gpu = _problem(problem), gpu_here()
-    timings = Store().timings(Place.of(SPEC, found, gpu))
-    timed = {tuple(sorted(each.config.items())): each.us for each in timings if not each.failed}
+    timed = {config_key(each.config): each.us for each in Store().timings(Place.of(SPEC, found, gpu))}
     space = SPEC.configs(found)
     estimates = model.estimate_us(SPEC, found, space, model.Machine.of(gpu))
     candidates = [
-        Candidate(config, round(float(estimate), 3), timed.get(tuple(sorted(config_fields(config).items()))))
+        Candidate(config, round(float(estimate), 3), timed.get(config_key(config_fields(config))))
         for config, estimate in zip(space, estimates, strict=True)
     ]
     candidates.sort(key=lambda each: (each.us is None, each.us or each.estimate_us))

@@ -41,9 +41,10 @@ def settle(spec: KernelSpec[Any, Any], problem: Any, device: int, stream: int) -
         if place in _settled:  # meanwhile
             return True
         try:
-            if not ranks.may_tune():
-                return policy == "wait" and _appeared(place, _RANK_WAIT_S)
-            _tune_in_turn(spec, problem, device, stream, place)
+            if ranks.may_tune():
+                _tune_in_turn(spec, problem, device, stream, place)
+            elif policy != "wait" or not _appeared(place, _RANK_WAIT_S):
+                return False
         finally:  # in vain or not, once
             _settled.add(place)
     choice.reload()
@@ -86,7 +87,6 @@ def _appeared(place: Place, limit_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(_LOOK_EVERY_S)
-    choice.reload()
     return True
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import rtk
 from rtk import driver, jit, toolchain
 from rtk.autotune import halving, model, trial
-from rtk.autotune.keys import Choice, Gpu, Place, Timed
+from rtk.autotune.keys import Choice, Gpu, Place, Timed, config_key
 from rtk.autotune.store import Store
 from rtk.errors import CompileError, DriverError, RtkError
 from rtk.spec import KernelSpec, config_fields
@@ -65,13 +65,14 @@ def tune(
         ready = _ready(trying, compiled)
         progress(f"timing {len(ready)} candidates")
         outcome = halving.best(len(ready), lambda left, rounds: trying.measure(left, rounds))
-        times = [_timed(config, rounds) for config, rounds in zip(ready, outcome.paired(), strict=True)]
+        versions = versions_here()
+        times = [_timed(config, rounds, versions) for config, rounds in zip(ready, outcome.paired(), strict=True)]
         winner, wrong = _right(trying, ready, times, outcome.winner)
     pick_us = times[0].us
     timings = [timed for config, timed in zip(ready, times, strict=True) if config not in wrong]
-    timings += [_timed(config, ()) for config in configs if config not in ready or config in wrong]
-    versions = {"driver": driver_here(), "nvrtc": toolchain.nvrtc().build, "rtk": rtk.__version__, "date": now()}
-    choice = Choice(place, config_fields(ready[winner]), spec.describe(problem), times[winner].us, **versions)
+    timings += [_timed(config, (), versions) for config in configs if config not in ready or config in wrong]
+    chosen = config_fields(ready[winner])
+    choice = Choice(place, chosen, spec.describe(problem), times[winner].us, rtk=rtk.__version__, **versions)
     kept = store.put(choice, timings)
     return Tuned(problem, choice, tuple(timings), pick_us, time.monotonic() - start, kept)
 
@@ -80,10 +81,10 @@ def untried(
     spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, store: Store, candidates: int | None = CANDIDATES
 ) -> list[Any]:
     """Those of the candidates that were never tried with today's NVRTC and driver: of a changed space, what is new."""
-    here = (toolchain.nvrtc().build, driver_here())
-    timings = store.timings(Place.of(spec, problem, gpu))
-    timed = {_key(found.config) for found in timings if (found.nvrtc, found.driver) == here}
-    return [config for config in _proposed(spec, problem, gpu, candidates) if _key(config_fields(config)) not in timed]
+    here, tried = versions_here(), store.tried(Place.of(spec, problem, gpu))
+    known = {config_key(each.config) for each in tried if (each.nvrtc, each.driver) == (here["nvrtc"], here["driver"])}
+    proposed = _proposed(spec, problem, gpu, candidates)
+    return [config for config in proposed if config_key(config_fields(config)) not in known]
 
 
 def _candidates(
@@ -91,11 +92,10 @@ def _candidates(
 ) -> list[Any]:
     """The model's first pick; all that is proposed, or what of it is new; and what was best before. Each once."""
     proposed = _proposed(spec, problem, place.gpu, count)
-    known = {_key(config_fields(config)): config for config in spec.configs(problem)}
-    usable = [timed for timed in store.timings(place) if not timed.failed]
-    before = sorted(usable, key=lambda timed: timed.us)[:_BEST_BEFORE]
+    known = {config_key(config_fields(config)): config for config in spec.configs(problem)}
+    before = sorted(store.timings(place), key=lambda timed: timed.us)[:_BEST_BEFORE]
     new = proposed if again else untried(spec, problem, place.gpu, store, count)
-    best_before = [known[_key(timed.config)] for timed in before if _key(timed.config) in known]
+    best_before = [known[key] for timed in before if (key := config_key(timed.config)) in known]
     return list(dict.fromkeys([proposed[0], *new, *best_before]))
 
 
@@ -104,10 +104,6 @@ def _proposed(spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, count: int | N
     space, machine = spec.configs(problem), model.Machine.of(gpu)
     order = [space[index] for index in model.ranked(spec, problem, space, machine)][:count]
     return list(dict.fromkeys([model.pick(spec, problem, machine), spec.pick(problem), *order]))
-
-
-def _key(config: Mapping[str, int | bool]) -> tuple[tuple[str, int | bool], ...]:
-    return tuple(sorted(config.items()))
 
 
 def _compiled(spec: KernelSpec[Any, Any], configs: Sequence[Any]) -> list[Any]:
@@ -160,17 +156,19 @@ def _right(trying: trial.Trial, ready: Sequence[Any], timings: Sequence[Timed], 
 _NEVER_US = 1e9  # stands for the time of what cannot be used
 
 
-def _timed(config: Any, rounds: Sequence[float]) -> Timed:
+def _timed(config: Any, rounds: Sequence[float], versions: Mapping[str, str]) -> Timed:
     """Of the rounds' µs; of none for a config that cannot be used."""
     ordered = sorted(rounds) or [_NEVER_US]
     q1, median, q3 = (ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
-    return Timed(config_fields(config), median, q1, q3, len(rounds), driver_here(), toolchain.nvrtc().build, now())
+    return Timed(config_fields(config), median, q1, q3, len(rounds), **versions)
+
+
+def versions_here() -> dict[str, str]:
+    """What a time measured now was built and run with, and when."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"driver": driver_here(), "nvrtc": toolchain.nvrtc().build, "date": date}
 
 
 def driver_here() -> str:
     """The version of CUDA that the driver serves; "" where there is none."""
     return ".".join(map(str, toolchain.driver_version() or ())) if driver.available() else ""
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -9,14 +9,15 @@ import contextlib
 import functools
 import multiprocessing
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-from rtk import shapes, toolchain
+from rtk import shapes
 from rtk.autotune import model, search, trial
 from rtk.autotune.choice import config_of
 from rtk.autotune.keys import Choice, Gpu, Place, digest
@@ -28,17 +29,8 @@ from rtk.problem import AttentionProblem
 from rtk.spec import KernelSpec
 
 
-class Watcher(Protocol):
-    """Who is told how a session goes on. Numbers count from 1."""
-
-    def begun(self, problem: AttentionProblem, number: int, total: int) -> None: ...
-    def step(self, said: str) -> None: ...
-    def tuned(self, found: Tuned, number: int, total: int) -> None: ...
-    def failed(self, found: Failed, number: int, total: int) -> None: ...
-
-
-class Silent:
-    """A watcher that does not care."""
+class Watcher:
+    """Who is told how a session goes on: nobody, but for what a subclass does. Numbers count from 1."""
 
     def begun(self, problem: AttentionProblem, number: int, total: int) -> None: ...
     def step(self, said: str) -> None: ...
@@ -142,8 +134,8 @@ def verify(
         if config is None or stored.place != Place.of(spec, problem, gpu):
             continue
         now, pick = retimed(spec, problem, [config, model.pick(spec, problem, model.Machine.of(gpu))], device, rounds)
-        nvrtc = toolchain.nvrtc().build
-        store.put(replace(stored, us=now, driver=search.driver_here(), nvrtc=nvrtc, date=search.now()))
+        here = search.versions_here()
+        store.put(replace(stored, us=now, driver=here["driver"], nvrtc=here["nvrtc"], date=here["date"]))
         yield stored, now, pick
 
 
@@ -155,7 +147,7 @@ def retimed(
         for index, config in enumerate(configs):
             trying.add(index, config)
         measured = trying.measure(range(len(configs)), rounds)
-    return tuple(sorted(measured[index])[rounds // 2] for index in range(len(configs)))
+    return tuple(statistics.median(measured[index]) for index in range(len(configs)))
 
 
 # --- one GPU, several GPUs -------------------------------------------------------------------------------------------

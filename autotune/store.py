@@ -54,6 +54,10 @@ class Store:
 
     def timings(self, place: Place) -> list[Timed]:
         """Of every config that was ever timed at a place."""
+        return [timed for timed in self.tried(place) if not timed.failed]
+
+    def tried(self, place: Place) -> list[Timed]:
+        """And of those that could not be used."""
         return self._attempt(lambda backend: backend.timings(place), [])
 
     def remove(self, places: Iterable[Place]) -> int:

@@ -19,13 +19,13 @@ import json
 import math
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ import numpy as np
 from rtk import jit, shapes
 from rtk.autotune import manage, model, session, trial
 from rtk.autotune.choice import config_of
-from rtk.autotune.keys import Gpu, gpu_here
+from rtk.autotune.keys import Gpu, config_key, gpu_here
 from rtk.autotune.store import Store
 from rtk.benchmarks import suites
 from rtk.digest import sources_digest
@@ -95,12 +95,9 @@ def raw(store: Store, gpu: Gpu) -> str:
     for found in store.choices():
         if found.place.gpu == gpu and found.place.kernel == SPEC.name:
             problem = shapes.parse(found.problem)
-            configs = {tuple(sorted(config_fields(c).items())): _name(c) for c in SPEC.configs(problem)}
-            times = {
-                configs[tuple(sorted(each.config.items()))]: round(each.us, 3)
-                for each in store.timings(found.place)
-                if tuple(sorted(each.config.items())) in configs and not each.failed
-            }
+            names = {config_key(config_fields(config)): _name(config) for config in SPEC.configs(problem)}
+            timings = [(names.get(config_key(each.config)), each.us) for each in store.timings(found.place)]
+            times = {name: round(us, 3) for name, us in timings if name is not None}
             problems.append({"problem": found.problem, "nvrtc": found.nvrtc, "driver": found.driver, "us": times})
     problems.sort(key=lambda each: str(each["problem"]))
     head = f'{{"gpu": {json.dumps(gpu.to_json())},\n"sources": {json.dumps(sources_digest())},\n"problems": [\n'
@@ -208,7 +205,7 @@ def _loss(cases: Sequence[tuple[Any, np.ndarray[Any, Any]]], machine: model.Mach
         near = us < _NEAR * least
         logs = np.log(estimate[near] / us[near])
         errors.append(float(np.sqrt(np.mean((logs - logs.mean()) ** 2))) + 0.15 * abs(float(logs.mean())))
-    return float(-math.log(_geomean(reached)) + 0.15 * (1 - min(reached)) + 0.3 * statistics.fmean(errors))
+    return float(-math.log(geometric_mean(reached)) + 0.15 * (1 - min(reached)) + 0.3 * fmean(errors))
 
 
 # --- the judgement ---------------------------------------------------------------------------------------------------
@@ -261,10 +258,10 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     gains = sorted(zip(over("tuned", "default"), (each["problem"] for each in found), strict=True), reverse=True)
     return {
         **{
-            f"{way}_over_exhaustive": {"geomean": _geomean(reached), "worst": min(reached)}
+            f"{way}_over_exhaustive": {"geomean": geometric_mean(reached), "worst": min(reached)}
             for way, reached in ((way, over(way, "exhaustive")) for way in ("tuned", "model"))
         },
-        "tuned_over_default": {"geomean": _geomean([gain for gain, _ in gains]), "best": gains[:5]},
+        "tuned_over_default": {"geomean": geometric_mean([gain for gain, _ in gains]), "best": gains[:5]},
     }
 
 
@@ -307,10 +304,6 @@ def _in_new_process(step: str, question: Any, **environment: str) -> Any:
     if done.returncode:
         sys.exit(f"rtk: {' '.join(command)} ended with exit code {done.returncode}")
     return json.loads(done.stdout)
-
-
-def _geomean(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 # --- the plot --------------------------------------------------------------------------------------------------------
@@ -371,7 +364,7 @@ def main() -> None:
         print(machine)
         for name, of_these in (("fitted", True), ("judged", False)):
             found = shares([each for each in times if (shapes.describe(each[0]) in known) is of_these], machine)
-            print(f"{name}: {len(found)} problems, {_geomean(found):.3f} of the best, {min(found):.3f} at worst")
+            print(f"{name}: {len(found)} problems, {geometric_mean(found):.3f} of the best, {min(found):.3f} at worst")
     elif given.step == "judge":
         judge(read(given.files[0]), given.files[1])
     elif given.step == "plot":

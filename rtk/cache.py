@@ -11,9 +11,7 @@ import errno
 import os
 import tempfile
 import threading
-import time
 import warnings
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -200,17 +198,10 @@ class Cache:
             os.fchmod(file.fileno(), self._file_mode)
         except OSError:
             return None
-        _lock_files.add(file)
-        deadline, pause = time.monotonic() + wait_s, 0.002
-        while True:
-            locked = entries.try_lock(file.fileno(), int(key[:15], 16))
-            if locked:
-                return file
-            if locked is None or time.monotonic() >= deadline or os.path.exists(path):
-                file.close()
-                return None
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
+        if entries.wait_for_lock(file, int(key[:15], 16), wait_s, lambda: os.path.exists(path)):
+            return file
+        file.close()
+        return None
 
     # --------------------------------------------------------------------------------------------------- keeping house
 
@@ -346,7 +337,6 @@ def _usual_folder() -> Path:
     return Path(base) / "rtk"
 
 
-_lock_files: weakref.WeakSet[FileIO] = weakref.WeakSet()
 _caches: dict[tuple[Path, ...], Cache] = {}
 _lock = threading.Lock()  # counters, warnings and the size estimate of every Cache; never held during input or output
 
@@ -360,11 +350,9 @@ def default_cache() -> Cache:
 
 
 def _after_fork() -> None:
-    """The threads that held these locks do not exist in the child."""
+    """The thread that held the lock does not exist in the child."""
     global _lock
     _lock = threading.Lock()
-    for file in list(_lock_files):  # or the parent's lock would last as long as the child
-        file.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -15,8 +15,10 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from io import FileIO
 from typing import Any
 
 from rtk.errors import ArgumentError
@@ -174,6 +176,32 @@ def try_lock(fd: int, position: int) -> bool | None:
     except OSError as error:
         return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
     return True
+
+
+_lock_files: weakref.WeakSet[FileIO] = weakref.WeakSet()
+
+
+def wait_for_lock(
+    file: FileIO, position: int, limit_s: float, pointless: Callable[[], bool] = lambda: False
+) -> bool | None:
+    """try_lock() until it is not False, or time is up, or there is no point any more. A forked child lets go of it."""
+    _lock_files.add(file)
+    deadline, pause = time.monotonic() + limit_s, 0.002
+    while True:
+        locked = try_lock(file.fileno(), position)
+        if locked is not False or time.monotonic() >= deadline or pointless():
+            return locked
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def _after_fork() -> None:
+    """Or the parent's locks would last as long as the child."""
+    for file in list(_lock_files):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def lock_request(start: int, length: int) -> bytes:

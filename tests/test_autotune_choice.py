@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,6 @@ from rtk import driver, ops, shapes, toolchain, warmup
 from rtk.autotune import choice, exchange, keys, model, recording
 from rtk.autotune.keys import USUAL_GPU, Gpu, Place
 from rtk.autotune.store import Store
-from rtk.cli import main
 from rtk.errors import ArgumentError, CacheWarning
 from rtk.kernels.attention_fwd import SPEC
 from rtk.spec import half_steps
@@ -175,7 +175,7 @@ def test_a_lookup_is_quick():
         sizes = tuple((name, step + n % 7) for name, step in place.bucket.sizes)
         Store().put(replace(choice_of(LINE), place=replace(place, bucket=replace(place.bucket, sizes=sizes))))
     chosen()
-    table = choice._tables()[SPEC.name][choice.digest_of(SPEC), H200]
+    table = choice._tables()[SPEC.name][keys.digest(SPEC), H200]
     bucket = SPEC.bucket(PROBLEM)
     spent = []
     for _ in range(20):
@@ -349,11 +349,7 @@ def test_a_folder_that_takes_no_notes_is_one_warning(monkeypatch, tmp_path):
 
 
 def call(capsys, *arguments):
-    try:
-        code = main(["autotune", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+    return commands.call(capsys, "autotune", *arguments)
 
 
 def test_export_import_on_another_folder_and_the_choice_is_taken(capsys, monkeypatch, tmp_path):

@@ -15,13 +15,13 @@ import threading
 import time
 from pathlib import Path
 
+import commands
 import pytest
 
 from rtk import driver, shapes, toolchain
 from rtk.autotune import choice, locks, model, online, ranks, recording, search
 from rtk.autotune.keys import Gpu, Place
 from rtk.autotune.store import Store
-from rtk.cli import main
 from rtk.errors import ArgumentError, DriverError, RtkError
 from rtk.kernels.attention_fwd import AttentionFwd
 from rtk.spec import config_fields
@@ -340,11 +340,7 @@ def test_eight_that_tune_at_once_lose_nothing(card, compiled, tmp_path):
 
 
 def command(capsys, *arguments):
-    try:
-        code = main(["autotune", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+    return commands.call(capsys, "autotune", *arguments)
 
 
 @pytest.fixture

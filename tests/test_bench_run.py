@@ -10,13 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 
 from rtk import shapes
 from rtk.benchmarks import measure, records, timing
 from rtk.benchmarks import run as runner
 from rtk.benchmarks.suites import Cell, Suite
-from rtk.cli import bench, main
+from rtk.cli import bench
 
 LINES = [f"hq=1,sq={length},d=8" for length in (8, 16, 24, 32)]
 
@@ -150,11 +151,7 @@ def test_shares_and_floors_are_of_the_runs_own_ceilings():
 
 
 def call(capsys, *arguments):
-    try:
-        code = main(["bench", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+    return commands.call(capsys, "bench", *arguments)
 
 
 def test_list(capsys):

@@ -7,11 +7,11 @@ import os
 import time
 from pathlib import Path
 
+import commands
 import pytest
 
 from rtk.cache import Cache
 from rtk.cli import cache as command
-from rtk.cli import main
 
 KEYS = [f"{n:064x}" for n in range(30)]
 
@@ -28,13 +28,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def call(capsys, *arguments):
-    """(exit code, standard output, standard error) of one command."""
-    try:
-        code = main(["cache", *arguments])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
+    return commands.call(capsys, "cache", *arguments)
 
 
 def as_json(capsys, *arguments):

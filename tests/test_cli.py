@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from commands import call
 
 import rtk
 from rtk import driver, toolchain
@@ -20,16 +21,6 @@ from rtk.errors import RtkError, ToolchainError
 HOPPER = SimpleNamespace(ordinal=0, name="NVIDIA H200", compute_capability=(9, 0), sm_count=132)
 AMPERE = SimpleNamespace(ordinal=0, name="NVIDIA A100", compute_capability=(8, 0), sm_count=108)
 SMALL = ["--batch", "1", "--heads", "2", "--seqlen", "200", "--head-dim", "64"]
-
-
-def call(capsys, *arguments):
-    """(exit code, standard output, standard error) of one command."""
-    try:
-        code = main(arguments)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture(autouse=True)

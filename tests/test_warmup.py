@@ -11,12 +11,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from commands import call
 
 from rtk import jit, shapes, toolchain
 from rtk.autotune import choice
 from rtk.autotune.keys import gpu_here
 from rtk.cache import Cache
-from rtk.cli import main
 from rtk.cli import warmup as command
 from rtk.errors import ArgumentError, CacheWarning, ToolchainError
 from rtk.jit import Binary, CompileReport
@@ -54,16 +54,6 @@ def chosen(problem):
 
 def name_of(line: str) -> str:
     return SPEC.label(chosen(shapes.parse(line)))
-
-
-def call(capsys, *arguments):
-    """(exit code, standard output, standard error) of one command."""
-    try:
-        code = main(arguments)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # --- the function -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -120,7 +119,7 @@ def _print_summary(summary: session.Summary) -> None:
 
 
 def _mean_gain(tuned: Sequence[search.Tuned]) -> float:
-    return math.exp(statistics.fmean(math.log(found.gain) for found in tuned)) if tuned else 1.0
+    return statistics.geometric_mean(found.gain for found in tuned) if tuned else 1.0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -196,7 +195,7 @@ def _named(gpu: Gpu) -> str:
     return gpu.name if driver.available() else f"{gpu.name}, assumed, since no GPU is here"
 
 
-class _Watcher:
+class _Watcher(session.Watcher):
     """A line that is rewritten as problems are tuned, with the time that is left."""
 
     def __init__(self, progress: console.Progress) -> None:

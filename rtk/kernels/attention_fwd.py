@@ -245,15 +245,13 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         return next(config for config in candidates if self.illegal(config) is None)
 
     def bucket(self, problem: AttentionProblem) -> Bucket:
+        kernel = self._specialization(problem)
         exact: dict[str, int | bool | str] = {
             "head_dim": problem.head_dim,
             "head_dim_v": problem.head_dim_v,
             "dtype": problem.dtype,
             "group": problem.heads_per_kv,
-            "mask_left": problem.window_left is not None,
-            "mask_right": problem.window_right is not None,
-            "softcap": problem.softcap > 0,
-            "prescale": problem.softcap == 0 and problem.softmax_scale < _LEAST_SCALE,
+            **{name.lower(): kernel[name] for name in ("MASK_LEFT", "MASK_RIGHT", "SOFTCAP", "PRESCALE")},
         }
         sizes = {"seqlen_q": problem.seqlen_q, "seqlen_k": problem.seqlen_k}
         sizes["batch_heads"] = problem.batch * problem.num_heads_q
