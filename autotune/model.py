@@ -46,7 +46,7 @@ class Machine:
     late: float = 0.3  # of the longest tile: by how much the last block ends after the others, handing tiles out
     uneven: float = 0.231  # the power of longest over mean tile by which fixed shares are late
     launch_us: float = 4.4
-    dynamic_us: float = 1.2  # of clearing the counter from which tiles are handed out
+    dynamic_us: float = 1.2  # of handing tiles out one by one (fitted when the counter was still cleared every time)
 
     @classmethod
     def of(cls, gpu: Gpu) -> Machine:

@@ -67,6 +67,8 @@ class Trial:
                         self._fill(addresses[name], operand, sizes[name])
                 self._sets.append(addresses)
             self._stopwatch = entered.enter_context(self._device.stopwatch())
+            self._counter = entered.enter_context(self._device.memory(4))
+            driver.zero(self._counter, 4, self._device.ordinal, self._device.stream)
             self._kept = entered.pop_all()
         return self
 
@@ -120,13 +122,13 @@ class Trial:
         plan = Plan.of(self._spec, self._problem, config, views, device)
         pointers = [addresses.get(name, 0) for name in plan.arrays]
         if not plan.workspace_bytes:
-            return lambda: plan.launch(pointers, stream)
+            return lambda: plan.launch(pointers, stream, self._counter)
         nbytes = -(-plan.workspace_bytes // 4) * 4
         workspace = memory(nbytes)
 
         def call() -> None:
             driver.zero(workspace, nbytes, device, stream)
-            plan.launch([*pointers, workspace], stream)
+            plan.launch([*pointers, workspace], stream, self._counter)
 
         return call
 

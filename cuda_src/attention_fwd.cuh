@@ -18,14 +18,16 @@ namespace rtk {
 struct AttentionFwdParams {
     TensorMap q, k, v;
     unsigned char* o;
-    float* lse;         // (batch, heads, seqlen_q), or null
-    u32* tile_counter;  // zero at launch; Scheduler::DYNAMIC only
+    float* lse;           // (batch, heads, seqlen_q), or null
+    u32* tile_counter;    // zero before the launch and after it; Scheduler::DYNAMIC only
+    const int* kv_first;  // (batch,) or null, where the keys of each sequence begin, and where they end;
+    const int* kv_end;    // Config::KV_RANGES only
     i64 o_batch_bytes, o_head_bytes, o_row_bytes;
     TileSchedule schedule;
-    SequenceExtent extent;
-    int heads_per_kv;  // query heads that share one head of K and V
-    float scale;       // softmax_scale
-    float scale_log2;  // what the softmax multiplies scores by, times log2(e)
+    SequenceExtent extent;  // of the arrays
+    int heads_per_kv;       // query heads that share one head of K and V
+    float scale;            // softmax_scale
+    float scale_log2;       // what the softmax multiplies scores by, times log2(e)
     float softcap;
 };
 
@@ -103,7 +105,9 @@ struct AttentionFwdProducer {
     }
 
     RTK_DEVICE void run_tile(const OutputTile& tile) {
-        const KvTiles tiles = visible_kv_tiles<Config>(params.extent, tile.m_block * Config::BLOCK_M);
+        const SequenceExtent extent =
+            sequence_extent<Config>(params.extent, params.kv_first, params.kv_end, tile.batch);
+        const KvTiles tiles = visible_kv_tiles<Config>(extent, tile.m_block * Config::BLOCK_M);
         if (tiles.begin >= tiles.end) return;
         const int kv_head = tile.head / params.heads_per_kv;
         int n_block = tiles.end - 1;
@@ -134,6 +138,7 @@ struct AttentionFwdConsumer {
     const int column;        // its first column in a tile of scores
     RingPosition<1> q;
     RingPosition<Config::STAGES> k, v;
+    SequenceExtent extent;  // of the tile in hand
     OnlineSoftmax softmax;
     float o[O_COUNT];
     u32 p[S_COUNT / 2];
@@ -205,7 +210,7 @@ struct AttentionFwdConsumer {
             for (int i = 0; i < S_COUNT; ++i) s[i] *= params.scale;
         }
         if constexpr (MASKED) {
-            mask_scores<Config>(s, params.extent, tile.m_block * Config::BLOCK_M + row_in_block,
+            mask_scores<Config>(s, extent, tile.m_block * Config::BLOCK_M + row_in_block,
                                 n_block * Config::BLOCK_N + column);
         }
     }
@@ -268,7 +273,8 @@ struct AttentionFwdConsumer {
     }
 
     RTK_DEVICE void run_tile(const OutputTile& tile) {
-        const KvTiles tiles = visible_kv_tiles<Config>(params.extent, tile.m_block * Config::BLOCK_M);
+        extent = sequence_extent<Config>(params.extent, params.kv_first, params.kv_end, tile.batch);
+        const KvTiles tiles = visible_kv_tiles<Config>(extent, tile.m_block * Config::BLOCK_M);
         softmax.reset();
 #pragma unroll
         for (int i = 0; i < O_COUNT; ++i) o[i] = 0.0f;
@@ -281,7 +287,7 @@ struct AttentionFwdConsumer {
                 for (; n_block >= max(tiles.begin, tiles.clear_end); --n_block) next_tile<true>(tile, n_block);
             }
             for (; n_block >= max(tiles.begin, tiles.clear_begin); --n_block) next_tile<false>(tile, n_block);
-            if constexpr (Config::MASK_LEFT) {
+            if constexpr (masked_on_the_left<Config>) {
                 for (; n_block >= tiles.begin; --n_block) next_tile<true>(tile, n_block);
             }
             release(shared.q_ring, q);

@@ -17,6 +17,7 @@ def attention(
     window_size: tuple[int | None, int | None] | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    kv_range: tuple[Any, Any] | None = None,
     layout: str = "bhsd",
     return_lse: bool = False,
     out: Any = None,
@@ -44,6 +45,10 @@ def attention(
             or -1 is unbounded.
         softmax_scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
         softcap: c > 0 replaces a score s by c * tanh(s / c), after scaling and before masking.
+        kv_range: (first, end), int32 arrays (batch,) of q's library on q's device, each may be None: sequence b has the
+            keys first[b] <= j < end[b]; for batches padded on the left or on the right. The diagonal stays where the
+            arrays' lengths put it. The numbers are read on the device, without a wait; what of a range lies outside k
+            is cut off.
         layout: "bhsd" or "bshd", of q, k, v and the result.
         return_lse: also return the log-sum-exp.
         out: an array to write to, of the result's shape, dtype and device, which shares no memory with the inputs.
@@ -77,6 +82,7 @@ def attention(
         window_size=window_size,
         softmax_scale=softmax_scale,
         softcap=softcap,
+        kv_range=kv_range,
         layout=layout,
         return_lse=return_lse,
         out=out,
@@ -111,6 +117,7 @@ def flash_attn_func(
         window_size=window_size,
         softmax_scale=softmax_scale,
         softcap=softcap,
+        kv_range=None,
         layout="bshd",
         return_lse=return_lse,
         out=None,

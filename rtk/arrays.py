@@ -325,7 +325,7 @@ class Adopted:
     hand_back: Callable[[Any], Any] | None
 
 
-def adopt(array: Any, argument: str) -> Adopted:
+def adopt(array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> Adopted:
     """Takes an array of any other library through `__dlpack__`, or `__array__` on the CPU.
 
     A GPU array is read by CuPy, or by torch where CuPy is missing, in the order of the current stream. Raises
@@ -343,7 +343,7 @@ def adopt(array: Any, argument: str) -> Adopted:
         reader = library("numpy") if kind == _DL_CPU else _gpu_reader()
         taken = reader.from_dlpack(array)
         if kind == _DL_CUDA:
-            _check_memory(reader.view(taken, argument), ordinal)
+            _check_memory(reader.view(taken, argument, dtypes), ordinal)
         return Adopted(taken, reader, _from_dlpack_of(array, argument))
     except RtkError:
         raise

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from rtk import counters, driver, jit, tma
+from rtk import counters, driver, jit, tma, zeroed
 from rtk.arrays import Library, View
 from rtk.driver import Function
 from rtk.errors import ArgumentError, UnsupportedError
@@ -110,6 +110,7 @@ class Plan:
         self._slots += [(getattr(kind, name).offset, None) for name in binding.pointers]
         if binding.workspace is not None and binding.workspace_bytes:
             self._slots.append((getattr(kind, binding.workspace).offset, None))
+        self._counter_offset = None if binding.counter is None else getattr(kind, binding.counter).offset
         self.report, self._function = _load(source, device, shared_bytes)
         counters.add("plans")
 
@@ -152,8 +153,11 @@ class Plan:
             addresses = (*addresses, pointer)
         self.launch(addresses, stream)
 
-    def launch(self, addresses: Sequence[int], stream: int) -> None:
-        """Runs the kernel on the stream, with the addresses of `arrays` (0 for null), then that of a workspace."""
+    def launch(self, addresses: Sequence[int], stream: int, counter: int | None = None) -> None:
+        """Runs the kernel on the stream, with the addresses of `arrays` (0 for null), then that of a workspace.
+
+        `counter` is the address of a word that is zero, for a plan that needs one; None takes one that is free.
+        """
         if not self.grid:
             return
         block = bytearray(self._template)
@@ -162,6 +166,9 @@ class Plan:
                 _write_address(block, offset, address)
             else:
                 block[offset : offset + tma.MAP_BYTES] = maps.at(address)
+        if self._counter_offset is not None:
+            counter = zeroed.word(self.device, stream) if counter is None else counter
+            _write_address(block, self._counter_offset, counter)
         self._function.launch(self.grid, self.threads, self.shared_bytes, stream, block)
         counters.add("launches")
 
@@ -199,7 +206,7 @@ def _binding_problems(spec: KernelSpec[Any, Any], binding: Binding, views: Mappi
         return [(what, f"parameters of type {type(binding.parameters).__name__}", kind.__name__)]
     fields = {name: member for name, member, *_ in kind._fields_}
     tensors = [operand.field for operand in binding.tensors]
-    addresses = [*binding.pointers, *([] if binding.workspace is None else [binding.workspace])]
+    addresses = [*binding.pointers, *filter(None, (binding.workspace, binding.counter))]
     found: list[Complaint] = []
     for name in tensors:
         if fields.get(name) is not TensorMap:

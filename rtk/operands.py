@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rtk import counters, driver, tma
+from rtk import arrays, counters, driver, tma
 from rtk.arrays import DTYPES, Library, View, itemsize
 from rtk.errors import ArgumentError, RtkError, UnsupportedError
 
@@ -30,6 +30,29 @@ class Operands:
             if view.device != self.q.device:
                 received = f"an array on {device_name(view.device)}"
                 raise ArgumentError(name, received, f"{device_name(self.q.device)}, as q is")
+
+    def read_range(self, kv_range: Any, batch: int) -> tuple[int, int]:
+        """The addresses of the two arrays of a kv_range, 0 for None; checked."""
+        accepted = f"None or a pair (first, end), each None or an int32 array of shape ({batch},)"
+        if not isinstance(kv_range, (tuple, list)) or len(kv_range) != 2:
+            raise ArgumentError("kv_range", kv_range, accepted)
+        return self._bound("kv_range[0]", kv_range[0], batch), self._bound("kv_range[1]", kv_range[1], batch)
+
+    def _bound(self, name: str, array: Any, batch: int) -> int:
+        if array is None:
+            return 0
+        if arrays.library_of(array) is not self.library:
+            received = f"an object of type {type(array).__name__}"
+            raise ArgumentError(name, received, f"None or an array of {self.library.name}, as q is")
+        view = view_of(self.library, array, name, ("int32",))
+        if view.shape != (batch,):
+            raise ArgumentError(name, f"shape {view.shape}", f"shape ({batch},), as q's batch")
+        if view.device != self.q.device:
+            received = f"an array on {device_name(view.device)}"
+            raise ArgumentError(name, received, f"{device_name(self.q.device)}, as q is")
+        if batch > 1 and view.strides != (1,):
+            raise UnsupportedError(name, f"strides {view.strides}", "a contiguous array")
+        return view.pointer
 
     def make_readable(self) -> None:
         """Copies what TMA cannot read where it is."""

@@ -35,6 +35,7 @@ def attention_fwd(
     window_size: Any,
     softmax_scale: float | None,
     softcap: float,
+    kv_range: Any,
     layout: str,
     return_lse: bool,
     out: Any,
@@ -56,7 +57,7 @@ def attention_fwd(
     choices = _Choices(config, batch_invariant, sm_margin)
     library = arrays.library_of(q)
     if library is None:
-        return _through_dlpack(q, k, v, out, return_lse, options, choices)
+        return _through_dlpack(q, k, v, kv_range, out, return_lse, options, choices)
     for name, array in (("k", k), ("v", v), ("out", out)):
         if arrays.library_of(array) is not library and not (name == "out" and array is None):
             received = f"an object of type {type(array).__name__}"
@@ -64,6 +65,10 @@ def attention_fwd(
     counters.add("calls")
     operands = Operands(library, q, k, v)
     problem = _checked_problem(operands, options)
+    bounds = (0, 0)
+    if kv_range is not None:
+        bounds = operands.read_range(kv_range, problem.batch)
+        problem = replace(problem, kv_ranges=any(bounds))
     _check_choices(problem, choices)
     if out is not None:
         check_out(operands, out, to_bhsd(problem.o_shape, layout))
@@ -71,11 +76,11 @@ def attention_fwd(
     if out is None or device is None:
         check_room("q", "a result", operands.q, problem.o_shape)
     if device is None:
-        return _on_cpu(library, problem, q, k, v, out, layout, return_lse)
+        return _on_cpu(library, problem, q, k, v, kv_range, out, layout, return_lse)
     _check_gpu(problem, device, sm_margin)
     if problem.is_empty:
         return _empty_answer(operands, problem, out, layout, return_lse)
-    return _on_gpu(operands, problem, out, layout, return_lse, choices)
+    return _on_gpu(operands, problem, bounds, out, layout, return_lse, choices)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,13 @@ def _check_gpu(problem: AttentionProblem, device: int, sm_margin: int) -> None:
 
 
 def _on_gpu(
-    operands: Operands, problem: AttentionProblem, out: Any, layout: str, return_lse: bool, choices: _Choices
+    operands: Operands,
+    problem: AttentionProblem,
+    bounds: tuple[int, int],
+    out: Any,
+    layout: str,
+    return_lse: bool,
+    choices: _Choices,
 ) -> Any:
     library, device = operands.library, operands.q.device
     assert device is not None
@@ -162,7 +173,7 @@ def _on_gpu(
     recording.seen(problem)
     plan = _plan(problem, operands, target_view, layout, choices)
     lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
-    plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer))
+    plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer, *bounds))
     if out is not None and target is not out:
         library.keep_for_graph(target)
         library.assign(out, target)
@@ -226,8 +237,17 @@ def _empty_answer(operands: Operands, problem: AttentionProblem, out: Any, layou
 
 
 def _on_cpu(
-    library: Library, problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, layout: str, return_lse: bool
+    library: Library,
+    problem: AttentionProblem,
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_range: Any,
+    out: Any,
+    layout: str,
+    return_lse: bool,
 ) -> Any:
+    first, end = (None if x is None else library.to_numpy(x) for x in kv_range or (None, None))
     counters.add("cpu_calls")
     o, lse = reference.attention_fwd(
         *(_numpy_bhsd(library, array, layout) for array in (q, k, v)),
@@ -236,6 +256,7 @@ def _on_cpu(
         window_left=problem.window_left,
         window_right=problem.window_right,
         diagonal=problem.diagonal,
+        kv_range=(first, end),
     )
     result = library.from_numpy(np.ascontiguousarray(o if layout == "bhsd" else o.swapaxes(1, 2)))
     if out is not None:
@@ -253,7 +274,7 @@ def _numpy_bhsd(library: Library, array: Any, layout: str) -> np.ndarray[Any, An
 
 
 def _through_dlpack(
-    q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: Mapping[str, Any], choices: _Choices
+    q: Any, k: Any, v: Any, kv_range: Any, out: Any, return_lse: bool, options: Mapping[str, Any], choices: _Choices
 ) -> Any:
     """Arrays of a library unknown here: taken by DLPack, computed, handed back by the library's from_dlpack."""
     taken = [arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v"))]
@@ -263,11 +284,15 @@ def _through_dlpack(
     for name, operand in zip("kv", taken[1:], strict=True):
         if operand.library is not taken[0].library:
             raise ArgumentError(name, "an array on another kind of device", "arrays on one device")
+    if isinstance(kv_range, (tuple, list)):
+        named = ((x, f"kv_range[{place}]") for place, x in enumerate(kv_range))
+        kv_range = tuple(x if x is None else arrays.adopt(x, name, ("int32",)).array for x, name in named)
     result = attention_fwd(
         taken[0].array,
         taken[1].array,
         taken[2].array,
         **options,
+        kv_range=kv_range,
         return_lse=return_lse,
         out=None,
         config=choices.config,

@@ -43,6 +43,7 @@ class AttentionProblem:
     window_left: int | None = None
     window_right: int | None = None
     diagonal: int = 0
+    kv_ranges: bool = False  # each sequence of the batch has a range of keys of its own, known to the device
 
     @property
     def o_shape(self) -> Shape:

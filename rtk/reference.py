@@ -35,23 +35,23 @@ _MIN_ROWS, _MAX_ROWS = 64, 1024
 
 @dataclass(frozen=True)
 class _Band:
-    """Which keys a query sees: query i sees key j iff i + first <= j <= i + last, and j is one of the seqlen_k keys."""
+    """Which keys a query sees: query i sees key j iff i + first <= j <= i + last, and j is one of `keys`."""
 
     first: int
     last: int
-    seqlen_k: int
+    keys: range
 
     @classmethod
-    def of(cls, left: int | None, right: int | None, diagonal: int, seqlen_q: int, seqlen_k: int) -> _Band:
+    def of(cls, left: int | None, right: int | None, diagonal: int, seqlen_q: int, seqlen_k: int, keys: range) -> _Band:
         # A bound that reaches past every key is no bound; clipped, it also fits whatever integer NumPy computes in.
         first = -seqlen_q if left is None else min(max(diagonal - left, -seqlen_q), seqlen_k)
         last = seqlen_k if right is None else min(max(diagonal + right, -seqlen_q), seqlen_k)
-        return cls(first, last, seqlen_k)
+        return cls(first, last, keys)
 
     def blocks(self, rows: slice, block_n: int) -> Iterator[tuple[slice, Array | None]]:
         """The blocks of keys that some row of `rows` sees, each with its mask (rows, keys), or None if all see all."""
-        begin = max(rows.start + self.first, 0)
-        end = min(rows.stop + self.last, self.seqlen_k)
+        begin = max(rows.start + self.first, self.keys.start)
+        end = min(rows.stop + self.last, self.keys.stop)
         for start in range(begin, end, block_n):
             stop = min(start + block_n, end)
             if rows.stop - 1 + self.first <= start and stop - 1 <= rows.start + self.last:
@@ -71,6 +71,7 @@ def attention_fwd(
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int = 0,
+    kv_range: tuple[Array | None, Array | None] = (None, None),
     block_n: int = 256,
 ) -> tuple[Array, Array]:
     """o = softmax(q k^T * softmax_scale) v, and the log-sum-exp of every row of scores.
@@ -84,6 +85,7 @@ def attention_fwd(
         softcap: if c > 0, a score s becomes c * tanh(s / c).
         window_left, window_right, diagonal: query i sees key j iff
             i + diagonal - window_left <= j <= i + diagonal + window_right; None is unbounded.
+        kv_range: (batch,) integers each, or None: the first key of each sequence, and the end of its keys.
         block_n: keys in a block. It changes the rounding and the speed, nothing else.
 
     Returns:
@@ -97,7 +99,8 @@ def attention_fwd(
     compute = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
     batch, heads_q, seqlen_q, _ = q.shape
     heads_kv, seqlen_k, head_dim_v = v.shape[1:]
-    band = _Band.of(window_left, window_right, diagonal, seqlen_q, seqlen_k)
+    bounds = (window_left, window_right, diagonal, seqlen_q, seqlen_k)
+    bands = [_Band.of(*bounds, keys) for keys in _keys_of(kv_range, batch, seqlen_k)]
     group = heads_q // heads_kv
     # As many heads together as fit with the fewest rows, then as many rows as fit with these heads.
     heads_m = min(max(_SCORES_PER_BLOCK // (group * _MIN_ROWS * block_n), 1), heads_kv)
@@ -116,11 +119,28 @@ def attention_fwd(
             grouped = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
             q_block = q[b, heads, rows].astype(compute, order="C").reshape(grouped[0], -1, q.shape[3])
             o_block, lse_block = _attend(
-                q_block, k[b, kv_heads], v[b, kv_heads], band, rows, grouped, softmax_scale, softcap, block_n, compute
+                q_block,
+                k[b, kv_heads],
+                v[b, kv_heads],
+                bands[b],
+                rows,
+                grouped,
+                softmax_scale,
+                softcap,
+                block_n,
+                compute,
             )
             o[b, heads, rows] = o_block.reshape(-1, grouped[2], head_dim_v)
             lse[b, heads, rows] = lse_block.reshape(-1, grouped[2])
     return o, lse
+
+
+def _keys_of(kv_range: tuple[Array | None, Array | None], batch: int, seqlen_k: int) -> list[range]:
+    """The keys of each sequence: what lies outside the array is none of them whatever the numbers say."""
+    first, end = kv_range
+    firsts = np.zeros(batch, int) if first is None else np.clip(first, 0, seqlen_k)
+    ends = np.full(batch, seqlen_k) if end is None else np.clip(end, 0, seqlen_k)
+    return [range(int(a), int(b)) for a, b in zip(firsts, ends, strict=True)]
 
 
 def _attend(

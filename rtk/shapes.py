@@ -10,6 +10,7 @@
 | causal | alone, or true or false | false |
 | align | bottom-right or top-left: where the diagonal lies | bottom-right |
 | window | left:right, keys seen on each side; empty is unbounded | : |
+| ranges | alone, or true or false: each sequence has a range of keys of its own (kv_range) | false |
 | softcap, scale | numbers, as of rtk.attention | 0; 1/sqrt(d) |
 """
 
@@ -19,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ __all__ = ["describe", "load", "parse", "problem"]
 
 _DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "f16": "float16", "float16": "float16"}
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_FLAGS = ("causal", "ranges")
 _UNBOUNDED = ("", "none", "-1")
 _MAX_LENGTH = (1 << 30) - 1
 
@@ -43,7 +46,7 @@ def parse(text: str) -> AttentionProblem:
             raise ArgumentError(where, f"the part {part!r}", "parts KEY=VALUE, separated by commas")
         if key in fields:
             raise ArgumentError(f"{key} in {where}", "it twice", "each key once")
-        if not equals and key in _KEYS and key != "causal":
+        if not equals and key in _KEYS and key not in _FLAGS:
             raise ArgumentError(f"{key} in {where}", "no value", f"{key}=VALUE: {_accepted(key)}")
         fields[key] = value if equals else True
     return problem(fields, where)
@@ -68,7 +71,7 @@ def problem(fields: Mapping[str, Any], where: str = "shape") -> AttentionProblem
         raise ArgumentError(f"hq in {where}", heads_q, f"a multiple of hk, {heads_kv}")
     batch = values.get("b", 1)
     try:
-        return attention_problem(
+        found = attention_problem(
             (batch, heads_q, seqlen_q, head_dim),
             (batch, heads_kv, seqlen_k, head_dim),
             (batch, heads_kv, seqlen_k, head_dim_v),
@@ -80,6 +83,7 @@ def problem(fields: Mapping[str, Any], where: str = "shape") -> AttentionProblem
             softcap=values.get("softcap", 0.0),
             layout="bhsd",
         )
+        return replace(found, kv_ranges=values.get("ranges", False))
     except (ArgumentError, UnsupportedError) as error:  # each is right by itself, but not together
         key = {"softmax_scale": "scale", "window_size": "window"}.get(error.argument, error.argument)
         name = f"{key} in {where}" if key in _KEYS else where
@@ -98,6 +102,8 @@ def describe(problem: AttentionProblem) -> str:
         parts.append(f"window={left}:{right}")
     if p.diagonal != p.seqlen_k - p.seqlen_q:
         parts.append("align=top-left")
+    if p.kv_ranges:
+        parts.append("ranges")
     if p.softcap:
         parts.append(f"softcap={p.softcap!r}")
     if p.softmax_scale != 1.0 / math.sqrt(p.head_dim):
@@ -246,6 +252,7 @@ _KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "causal": (_bool, "true or false"),
     "align": (_align, " or ".join(ALIGNMENTS)),
     "window": (_window, "LEFT:RIGHT, integers of at least 0, each empty where unbounded"),
+    "ranges": (_bool, "true or false"),
     "softcap": (_not_negative, "0 for none, or a positive number"),
     "scale": (_real, "a number"),
 }

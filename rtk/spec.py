@@ -72,7 +72,9 @@ class Binding:
 
     `parameters` has every value in it except pointers and tensor maps. `pointers` are its fields that take the address
     of an array, `tensors` those that take a tensor map; each has the name of the array. `workspace` is the field that
-    takes the address of `workspace_bytes` of device memory, cleared before every launch.
+    takes the address of `workspace_bytes` of device memory, cleared before every launch. `counter` is the field that
+    takes the address of a 32-bit word of device memory that no other launch uses: it is zero, and the kernel leaves it
+    so, which spares the clearing.
     """
 
     parameters: ctypes.Structure
@@ -80,6 +82,7 @@ class Binding:
     tensors: tuple[TensorOperand, ...] = ()
     workspace: str | None = None
     workspace_bytes: int = 0
+    counter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,9 +34,10 @@ _BASE = AttentionProblem(2, 4, 2, 1024, 1024, 128, 128, "bfloat16", 0.1)
 
 
 def problem(
-    dims: tuple[int, int], mask: str = "full", score: str = "plain", dtype: str = "bfloat16"
+    dims: tuple[int, int], mask: str = "full", score: str = "plain", dtype: str = "bfloat16", ranges: bool = False
 ) -> AttentionProblem:
-    return replace(_BASE, head_dim=dims[0], head_dim_v=dims[1], dtype=dtype, **MASKS[mask], **SCORES[score])
+    sizes = {"head_dim": dims[0], "head_dim_v": dims[1]}
+    return replace(_BASE, **sizes, dtype=dtype, kv_ranges=ranges, **MASKS[mask], **SCORES[score])
 
 
 def equal(head_dim: int) -> tuple[int, int]:
@@ -53,7 +54,8 @@ def largest() -> Iterator[Any]:
         for consumers in consumers_here:
             turn += 1
             score = ("plain", "softcap", "plain", "prescale")[turn % 4]
-            found = SPEC.configs(problem(equal(head_dim), "both", score, DTYPES[turn // 4 % 2]))
+            ranges = turn // 2 % 2 > 0
+            found = SPEC.configs(problem(equal(head_dim), "both", score, DTYPES[turn // 4 % 2], ranges))
             found = [config for config in found if config.NUM_CONSUMER_WARPGROUPS == consumers]
             widest = max((config.BLOCK_N for config in found), default=None)
             found = [config for config in found if config.BLOCK_N == widest]
@@ -67,9 +69,9 @@ def scattered(each: int, seed: int = 0) -> Iterator[Any]:
     for mask in MASKS:
         for score in SCORES:
             for consumers in CONSUMERS:
-                for _ in range(each):
+                for turn in range(each):
                     dims = rng.choice([*map(equal, HEAD_DIMS), *UNEQUAL * 2])
-                    found = SPEC.configs(problem(dims, mask, score, rng.choice(DTYPES)))
+                    found = SPEC.configs(problem(dims, mask, score, rng.choice(DTYPES), turn % 2 > 0))
                     found = [config for config in found if config.NUM_CONSUMER_WARPGROUPS == consumers]
                     if found:
                         yield rng.choice(found)
@@ -83,10 +85,11 @@ def sample(each: int = 2, every: int = 1) -> list[Any]:
 def whole(
     dims: tuple[tuple[int, int], ...] = (), masks: tuple[str, ...] = (), dtypes: tuple[str, ...] = ()
 ) -> Iterator[Any]:
-    """Every config of every mask and score function. Without `dtypes` the two take turns; they differ in little."""
+    """Every config of every mask, score function and kind of range. Without `dtypes` the two take turns."""
     for pair in dims or (*map(equal, HEAD_DIMS), *UNEQUAL):
         for mask in masks or tuple(MASKS):
             for score in ("plain", "softcap") if mask != "full" else SCORES:
-                for turn, config in enumerate(SPEC.configs(problem(pair, mask, score))):
+                found = [c for ranges in (False, True) for c in SPEC.configs(problem(pair, mask, score, ranges=ranges))]
+                for turn, config in enumerate(found):
                     wanted = dtypes or (DTYPES[turn // 2 % 2],)
                     yield from (replace(config, BF16=dtype == "bfloat16") for dtype in wanted)

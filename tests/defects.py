@@ -79,9 +79,30 @@ DEFECTS = (
     Defect(
         "keys beyond the sequence counted",
         "cuda_src/rtk/mask.cuh",
-        "int last = extent.seqlen_k - 1 - column;",
-        "int last = extent.seqlen_k + 7 - column;",
+        "int last = extent.end_key - 1 - column;",
+        "int last = extent.end_key + 7 - column;",
         "ragged_keys",
+    ),
+    Defect(
+        "another sequence's padding",
+        "cuda_src/rtk/mask.cuh",
+        "load_read_only(kv_end + batch)",
+        "load_read_only(kv_end)",
+        "ranges",
+    ),
+    Defect(
+        "padding on the left only skipped by tiles",
+        "cuda_src/rtk/mask.cuh",
+        "first_clear = extent.first_key;",
+        "first_clear = extent.first_key / N * N;",
+        "ranges",
+    ),
+    Defect(
+        "a counter that is not left at zero",
+        "cuda_src/rtk/scheduler.cuh",
+        "atomicInc(counter, num_tiles - 1)",
+        "atomicAdd(counter, 1u)",
+        "counters_are_left_at_zero",
     ),
     Defect("dropped rescale of O", KERNEL, "        rescale(correction);\n", "", "late_maximum"),
     Defect(
@@ -141,13 +162,6 @@ DEFECTS = (
         "const int heads = min(heads_per_group, num_heads_total - first_head);",
         "const int heads = heads_per_group;",
         "many_tiles",
-    ),
-    Defect(
-        "tile counter not cleared",
-        "rtk/launch.py",
-        "driver.zero(pointer,",
-        "min(pointer,",
-        "the_same_bits",
     ),
     Defect(
         "stale tensor map",

@@ -106,6 +106,18 @@ def softcap() -> None:
 
 
 @check
+def ranges() -> None:
+    """Batches padded on the left, on the right and on both sides, with and without a causal mask."""
+    import torch
+
+    first = torch.tensor([0, 1, 130, 300], dtype=torch.int32, device="cuda")
+    end = torch.tensor([512, 129, 400, 301], dtype=torch.int32, device="cuda")
+    for kv_range in ((first, end), (first, None), (None, end)):
+        for causal in (False, True):
+            _compare(batch=4, kv_range=kv_range, causal=causal)
+
+
+@check
 def late_maximum() -> None:
     """Peaks anywhere in the row: what was accumulated before the peak is rescaled."""
     _compare(kind="peaked", seqlen_k=2048)
@@ -154,6 +166,24 @@ def the_same_bits() -> None:
         again = torch.full_like(first, float("nan"))
         rtk.attention(q, k, v, causal=True, out=again)
         assert torch.equal(first.view(torch.int16), again.view(torch.int16)), "two runs of one call differ"
+
+
+@check
+def counters_are_left_at_zero() -> None:
+    """A launch leaves its counter at zero: the next one with it, a replay of a graph, gives the same bits."""
+    import torch
+
+    import rtk
+
+    q, k, v = (torch.randn(2, 40, 500, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = rtk.attention(q, k, v, causal=True, config={"SCHEDULER": 1})
+    out, graph = torch.empty_like(expected), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rtk.attention(q, k, v, causal=True, config={"SCHEDULER": 1}, out=out)
+    for turn in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected), f"replay {turn} differs"
 
 
 @check

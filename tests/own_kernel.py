@@ -111,6 +111,8 @@ class FakeGpu(NumpyLibrary):
         monkeypatch.setattr("rtk.arrays.library_of", lambda x: self if isinstance(x, np.ndarray) else None)
         monkeypatch.setattr("rtk.driver.device_properties", lambda index: replace(self.properties, ordinal=index))
         monkeypatch.setattr("rtk.driver.zero", lambda pointer, size, device, stream: ctypes.memset(pointer, 0, size))
+        self.words = np.zeros(1, np.uint32)
+        monkeypatch.setattr("rtk.zeroed.word", lambda device, stream: self.words.ctypes.data)
         monkeypatch.setattr("rtk.checks.compile_configs", lambda spec, configs: [spec.render(x) for x in configs])
         monkeypatch.setattr("rtk.checks.to_host", lambda library, array: array.copy())
         monkeypatch.setattr(launch, "_load", self.load)

@@ -93,6 +93,7 @@ def test_signature() -> None:
         "window_size": None,
         "softmax_scale": None,
         "softcap": 0.0,
+        "kv_range": None,
         "layout": "bhsd",
         "return_lse": False,
         "out": None,

@@ -115,7 +115,7 @@ import os, sys, warnings
 sys.path.insert(0, sys.argv[1])
 warnings.simplefilter("error")
 warnings.simplefilter("ignore", ResourceWarning)  # a lock that Ctrl-C left to the collector, which lets it go
-from rtk import cache, jit
+from rtk import cache, jit, toolchain
 store = cache.Cache(sys.argv[2])
 body = "".join(f"for (int j = 0; j < n; j++) p[j] = p[j + {n}] * {n}.5f;" for n in range(30))
 sources = [jit.Source(f"k{n}", f'extern "C" __global__ void k{n}(float* p, int n) {{ {body} }}') for n in range(200)]
@@ -124,8 +124,9 @@ sources = [jit.Source(f"k{n}", f'extern "C" __global__ void k{n}(float* p, int n
 def tell(done, total, binary):
     print(done, flush=True)
 """
-BUILD_MANY = SOURCES + "jit.build_many(sources, jobs=2, progress=tell, cache=store)"
-BUILD_ONE_BY_ONE = SOURCES + "for n, source in enumerate(sources): tell(n, 200, jit.build(source, cache=store))"
+SETTLED = SOURCES + "toolchain.open_nvrtc()\n"  # in that moment, once a process, SIGINT is ignored
+BUILD_MANY = SETTLED + "jit.build_many(sources, jobs=2, progress=tell, cache=store)"
+BUILD_ONE_BY_ONE = SETTLED + "for n, source in enumerate(sources): tell(n, 200, jit.build(source, cache=store))"
 
 
 def interrupt(command: list[str], after: float) -> tuple[int, str, float]:

@@ -407,7 +407,7 @@ def test_attention_is_bound_like_any_kernel(monkeypatch, layout):
             *(2 * x for x in steps),
             2 * 4 * 33 * 64,
         )
-        assert (params.extent.seqlen_q, params.extent.seqlen_k, params.extent.diagonal_right) == (33, 77, 44)
+        assert (params.extent.seqlen_q, params.extent.end_key, params.extent.diagonal_right) == (33, 77, 44)
         assert (params.schedule.num_heads, params.schedule.num_heads_total, params.heads_per_kv) == (4, 8, 2)
     assert len({launched.source.name for _, launched in seen}) == 1
     assert fake.encoded == 3, "equal calls share a plan and its maps"

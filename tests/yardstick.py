@@ -66,9 +66,18 @@ def _bhsd(x: Any, layout: str) -> Any:
 
 
 def visible_keys(
-    seqlen_q: int, seqlen_k: int, *, causal: bool = False, causal_align: str = "bottom-right", window_size: Any = None
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    causal: bool = False,
+    causal_align: str = "bottom-right",
+    window_size: Any = None,
+    kv_range: Any = None,
 ) -> np.ndarray:
-    """(seqlen_q, seqlen_k) bool: may query i see key j? The query stands at position i + offset among the keys."""
+    """(seqlen_q, seqlen_k) bool: may query i see key j? The query stands at position i + offset among the keys.
+
+    With kv_range, (batch, 1, seqlen_q, seqlen_k).
+    """
     assert causal_align in ("bottom-right", "top-left"), causal_align
     offset = seqlen_k - seqlen_q if causal_align == "bottom-right" else 0
     position = np.arange(seqlen_q)[:, None] + offset
@@ -81,6 +90,9 @@ def visible_keys(
         seen &= position - key <= left
     if right is not None and right != -1:
         seen &= key - position <= right
+    for bound, inside in zip(kv_range or (), (np.greater_equal, np.less), strict=False):
+        if bound is not None:
+            seen = seen & inside(key, np.asarray(to_f64(bound)).reshape(-1, 1, 1, 1))
     return seen
 
 
@@ -112,7 +124,7 @@ def _weighted_sum(xp: Any, weights: Any, v: Any, seen: Any) -> Any:
     rows = []
     for i in range(weights.shape[2]):
         terms = weights[:, :, i, :, None] * v
-        rows.append(xp.where(seen[i][:, None], terms, xp.zeros_like(terms)).sum(-2))
+        rows.append(xp.where(seen[..., i, :, None], terms, xp.zeros_like(terms)).sum(-2))
     return xp.stack(rows, 2)
 
 
@@ -126,10 +138,11 @@ def attention_f64(
     window_size: Any = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    kv_range: Any = None,
     layout: str = "bhsd",
 ) -> tuple[Any, Any]:
     """(o in `layout`, lse (batch, heads, seqlen_q)), both float64, in the inputs' library and on their device."""
-    mask = {"causal": causal, "causal_align": causal_align, "window_size": window_size}
+    mask = {"causal": causal, "causal_align": causal_align, "window_size": window_size, "kv_range": kv_range}
     xp, q, k, v, seen = _prepare(q, k, v, "float64", layout, mask)
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         # Nothing to attend to, or nobody to attend: a product over no keys is the zeros of the right shape.
@@ -155,6 +168,7 @@ def plain(
     window_size: Any = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    kv_range: Any = None,
     layout: str = "bhsd",
 ) -> Any:
     """o in the inputs' dtype, as a chain of separate operations in that dtype gives it (sums inside one in float32).
@@ -163,7 +177,7 @@ def plain(
     """
     name = dtype_name(q)
     wide = "float64" if name == "float64" else "float32"
-    mask = {"causal": causal, "causal_align": causal_align, "window_size": window_size}
+    mask = {"causal": causal, "causal_align": causal_align, "window_size": window_size, "kv_range": kv_range}
     xp, q, k, v, seen = _prepare(q, k, v, wide, layout, mask)
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         return _bhsd(_cast(q @ k.swapaxes(-1, -2) @ v, name), layout)

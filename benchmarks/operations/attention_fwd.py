@@ -48,6 +48,9 @@ class AttentionForward:
 
         if variant not in (None, "outliers"):
             raise ArgumentError("variant", variant, "None or 'outliers'")
+        if problem.kv_ranges:
+            accepted = "shapes without ranges: the time would be that of the numbers in them"
+            raise ArgumentError("shape", shapes.describe(problem), accepted)
         generator = torch.Generator(device=device).manual_seed(seed)
         shapes = [(problem.num_heads_q, problem.seqlen_q, problem.head_dim)]
         shapes += [(problem.num_heads_kv, problem.seqlen_k, d) for d in (problem.head_dim, problem.head_dim_v)]

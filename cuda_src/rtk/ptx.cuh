@@ -42,6 +42,13 @@ RTK_DEVICE void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A value in global memory that no thread writes while the kernel runs.
+RTK_DEVICE int load_read_only(const int* address) {
+    int value;
+    asm("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(address));
+    return value;
+}
+
 RTK_DEVICE float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -34,9 +34,13 @@ struct TileSchedule {
 // How a persistent block comes by its tiles.
 //
 // STATIC: every gridDim.x-th one; nothing to communicate. DYNAMIC: the next one not yet taken, from a counter in global
-// memory that starts at zero for every launch, which balances tiles of unequal length. The producer thread asks the
-// counter once this tile's loads are issued, a few KV tiles before the consumers are done with it, and tells them through
-// a ring in shared memory. (Asking when the tile begins would let a block that is busy for long keep the next one waiting.)
+// memory, which balances tiles of unequal length. The producer thread asks the counter once this tile's loads are issued,
+// a few KV tiles before the consumers are done with it, and tells them through a ring in shared memory. (Asking when the
+// tile begins would let a block that is busy for long keep the next one waiting.)
+//
+// The counter is zero before a launch and after it, so that nobody need clear it: a block takes its first tile unasked
+// and asks until there is none left, which makes num_tiles questions in all (num_tiles - gridDim.x with an answer,
+// gridDim.x without), and the last of them wraps the counter to zero. The grid has at most num_tiles blocks.
 enum Scheduler { STATIC = 0, DYNAMIC = 1 };
 
 struct TileRing {
@@ -64,7 +68,7 @@ struct TileProducer {
             }
             if (tile >= num_tiles) break;
             run(tile);
-            tile = gridDim.x + (SCHEDULER == DYNAMIC ? static_cast<int>(atomicAdd(counter, 1u)) : tile);
+            tile = gridDim.x + (SCHEDULER == DYNAMIC ? static_cast<int>(atomicInc(counter, num_tiles - 1)) : tile);
         }
     }
 };

@@ -59,6 +59,7 @@ class AttentionFwdConfig:
     MASK_RIGHT: bool
     SOFTCAP: bool
     PRESCALE: bool  # softmax_scale <= 0: scores are scaled before their maximum is taken
+    KV_RANGES: bool  # each sequence has a range of keys of its own
 
 
 class _TileSchedule(ctypes.Structure):
@@ -73,7 +74,8 @@ class _TileSchedule(ctypes.Structure):
 class _SequenceExtent(ctypes.Structure):
     _fields_ = (
         ("seqlen_q", ctypes.c_int32),
-        ("seqlen_k", ctypes.c_int32),
+        ("first_key", ctypes.c_int32),
+        ("end_key", ctypes.c_int32),
         ("diagonal_left", ctypes.c_int32),
         ("diagonal_right", ctypes.c_int32),
     )
@@ -89,6 +91,8 @@ class AttentionFwdParams(ctypes.Structure):
         ("o", ctypes.c_uint64),
         ("lse", ctypes.c_uint64),
         ("tile_counter", ctypes.c_uint64),
+        ("kv_first", ctypes.c_uint64),
+        ("kv_end", ctypes.c_uint64),
         ("o_batch_bytes", ctypes.c_int64),
         ("o_head_bytes", ctypes.c_int64),
         ("o_row_bytes", ctypes.c_int64),
@@ -178,6 +182,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             "SOFTCAP": problem.softcap > 0,
             # A scale that float32 cannot tell from zero would make NaN of a masked score.
             "PRESCALE": problem.softcap == 0 and problem.softmax_scale < _LEAST_SCALE,
+            "KV_RANGES": problem.kv_ranges,
         }
 
     def refusal(self, problem: AttentionProblem, config: AttentionFwdConfig) -> str | None:
@@ -251,7 +256,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             "head_dim_v": problem.head_dim_v,
             "dtype": problem.dtype,
             "group": problem.heads_per_kv,
-            **{name.lower(): kernel[name] for name in ("MASK_LEFT", "MASK_RIGHT", "SOFTCAP", "PRESCALE")},
+            **{name.lower(): kernel[name] for name in ("MASK_LEFT", "MASK_RIGHT", "SOFTCAP", "PRESCALE", "KV_RANGES")},
         }
         sizes = {"seqlen_q": problem.seqlen_q, "seqlen_k": problem.seqlen_k}
         sizes["batch_heads"] = problem.batch * problem.num_heads_q
@@ -269,6 +274,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             "v": Operand((*kv_heads, problem.seqlen_k, problem.head_dim_v), problem.dtype),
             "o": Operand((*heads, problem.seqlen_q, problem.head_dim_v), problem.dtype, written=True),
             "lse": Operand((*heads, problem.seqlen_q), "float32", written=True, optional=True),
+            **{name: Operand((problem.batch,), "int32", optional=True) for name in ("kv_first", "kv_end")},
         }
 
     def work(self, problem: AttentionProblem, configs: Sequence[AttentionFwdConfig]) -> dict[str, Any]:
@@ -347,6 +353,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             "right": config.MASK_RIGHT,
             "softcap": config.SOFTCAP,
             "prescale": config.PRESCALE,
+            "ranges": config.KV_RANGES,
         }
         dtype = "bf16" if config.BF16 else "fp16"
         head = f"d{config.HEAD_DIM}x{config.HEAD_DIM_V}"
@@ -384,14 +391,12 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         }
         return Binding(
             params,
-            pointers=("o", "lse"),
+            pointers=("o", "lse", "kv_first", "kv_end"),
             tensors=tuple(
                 TensorOperand(name, problem.dtype, views[name].shape[::-1], views[name].strides[::-1], (*box, 1, 1))
                 for name, box in boxes.items()
             ),
-            # The counter of the dynamic scheduler.
-            workspace="tile_counter",
-            workspace_bytes=4 if config.SCHEDULER == DYNAMIC else 0,
+            counter="tile_counter" if config.SCHEDULER == DYNAMIC else None,
         )
 
     def scalars(self, problem: AttentionProblem, config: AttentionFwdConfig) -> AttentionFwdParams:
@@ -402,7 +407,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         params.schedule.num_heads_total = problem.num_heads_q * problem.batch
         params.schedule.heads_per_group = self._heads_per_group(problem)
         params.extent.seqlen_q = problem.seqlen_q
-        params.extent.seqlen_k = problem.seqlen_k
+        params.extent.end_key = problem.seqlen_k
         # Clipped to where every query sees everything or nothing, so that row + diagonal fits 32 bits.
         lowest, highest = -problem.seqlen_q, problem.seqlen_k
         params.extent.diagonal_left = min(max(problem.diagonal - (problem.window_left or 0), lowest), highest)
@@ -454,6 +459,8 @@ def _sample_problems() -> list[AttentionProblem]:
         for mask in masks:
             problems.append(replace(base, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, **mask))
     problems.append(replace(base, softcap=30.0, window_right=0))
+    problems += [replace(base, kv_ranges=True, **mask) for mask in masks]
+    problems.append(replace(base, kv_ranges=True, head_dim=64, head_dim_v=64, window_right=0, dtype="float16"))
     problems.append(replace(base, softmax_scale=-0.1, dtype="float16"))
     problems.append(replace(base, seqlen_q=1, head_dim=64, head_dim_v=64))
     return problems

@@ -1,0 +1,67 @@
+"""Words of device memory that are zero whenever no kernel uses them: counters that need no clearing before a launch.
+
+A kernel finds its word at zero and leaves it at zero (<rtk/scheduler.cuh> says how). No two launches that may run at
+the same time share one. A launch takes the next word of a ring, so long that as many launches cannot be under way: the
+driver lets about a thousand wait on a stream, and this is that of 256 streams. A launch that goes into a CUDA graph may
+run again at any time, and keeps its word for good.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+
+from rtk import driver
+
+_RING_WORDS = 1 << 18  # a power of two
+_KEPT_WORDS = 1 << 12  # allocated at a time
+_WORD_BYTES = 4
+
+
+class _Words:
+    """Those of one device."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._ring = driver.allocate_zeroed(_RING_WORDS * _WORD_BYTES, device)
+        self._next = itertools.count()
+        self._kept: list[int] = []
+        self._lock = threading.Lock()
+
+    def passing(self) -> int:
+        return self._ring + _WORD_BYTES * (next(self._next) % _RING_WORDS)
+
+    def kept(self) -> int:
+        with self._lock:
+            if not self._kept:
+                start = driver.allocate_zeroed(_KEPT_WORDS * _WORD_BYTES, self._device)
+                self._kept = [start + _WORD_BYTES * n for n in range(_KEPT_WORDS)]
+            return self._kept.pop()
+
+
+_lock = threading.Lock()
+_words: dict[int, _Words] = {}
+
+
+def word(device: int, stream: int) -> int:
+    """The address of a word for one launch on the stream, or for one node of the graph that it is captured to."""
+    words = _words.get(device) or _make(device)
+    return words.kept() if driver.is_capturing(stream) else words.passing()
+
+
+def _make(device: int) -> _Words:
+    with _lock:
+        if device not in _words:
+            _words[device] = _Words(device)
+        return _words[device]
+
+
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child, nor does the memory."""
+    global _lock
+    _lock = threading.Lock()
+    _words.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
