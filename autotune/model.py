@@ -35,18 +35,16 @@ class Machine:
     exponentials: float = 16.0
     simple_ops: float = 128.0
 
-    l2_bytes: float = 45.6
-    mma_share: float = 0.825  # what products reach of their rate while they run
+    l2_bytes: float = 38.2
+    mma_share: float = 0.842  # what products reach of their rate while they run
     # The share of the shorter one of products and softmax that the other hides: one consumer warpgroup; two; two that
     # take turns; three; three that take turns.
-    overlap: tuple[float, ...] = (0.573, 0.872, 0.873, 0.956, 0.997)
-    step_cycles: float = 258.0  # of barriers and of waiting in each step
-    tile_cycles: float = 562.0  # of a tile, besides its steps
-    first_softmax: float = 0.687  # the share of a step's softmax that nothing hides, once a tile
-    late: float = 0.3  # of the longest tile: by how much the last block ends after the others, handing tiles out
-    uneven: float = 0.231  # the power of longest over mean tile by which fixed shares are late
-    launch_us: float = 4.4
-    dynamic_us: float = 1.2  # of handing tiles out one by one (fitted when the counter was still cleared every time)
+    overlap: tuple[float, ...] = (0.45, 0.846, 0.873, 0.946, 0.962)
+    step_cycles: float = 298.0  # of barriers and of waiting in each step
+    first_softmax: float = 0.791  # the share of a step's softmax that nothing hides, once a tile
+    late: float = 0.263  # of the longest tile: by how much the last block ends after the others, handing tiles out
+    uneven: float = 0.242  # the power of longest over mean tile by which fixed shares are late
+    launch_us: float = 3.94
 
     @classmethod
     def of(cls, gpu: Gpu) -> Machine:
@@ -67,8 +65,9 @@ def of_work(work: Mapping[str, Any], machine: Machine) -> Any:
     hidden = np.minimum(mma, softmax) * np.array(machine.overlap)[work["team"]]
     load = work["l2_bytes"] / machine.l2_bytes
     step = np.maximum(mma + softmax - hidden, load) + machine.step_cycles
-    tile = machine.tile_cycles + machine.first_softmax * softmax
-    tile += work["tile_ops"] / machine.simple_ops + work["tile_bytes"] / machine.l2_bytes
+    tile = (
+        machine.first_softmax * softmax + work["tile_ops"] / machine.simple_ops + work["tile_bytes"] / machine.l2_bytes
+    )
 
     mean, longest = work["steps"] * step + tile, work["longest"] * step + tile
     waves = work["tiles"] / machine.sm_count
@@ -76,7 +75,7 @@ def of_work(work: Mapping[str, Any], machine: Machine) -> Any:
     ratio = work["longest"] / np.maximum(work["steps"], 1e-9)
     fixed = np.ceil(waves) * mean * np.maximum(1.0, ratio) ** machine.uneven
     cycles = np.maximum(np.where(work["dynamic"], handed_out, fixed), longest)
-    return cycles / machine.mhz + machine.launch_us + machine.dynamic_us * work["dynamic"]
+    return cycles / machine.mhz + machine.launch_us
 
 
 def ranked(spec: KernelSpec[Any, Any], problem: Any, configs: Sequence[Any], machine: Machine) -> list[int]:

@@ -241,8 +241,8 @@ def _settle(library: ctypes.CDLL) -> None:
     """Lets NVRTC compile nothing, once, while SIGINT is ignored.
 
     During its first compile it installs a handler that ends the process at Ctrl-C, without a word and with exit code 4;
-    where the signal is ignored it does not. Blocked as well, so that a process of one thread does not miss it. In one of
-    several threads a Ctrl-C in these some 50 ms may be lost: another thread takes the signal, and ignores it.
+    where the signal is ignored it does not. Blocked as well, so that a process of one thread does not miss it. In one
+    of several threads a Ctrl-C in these some 50 ms may be lost: another thread takes the signal, and ignores it.
     """
     libc, program, handler = ctypes.CDLL(None), ctypes.c_void_p(), ctypes.create_string_buffer(512)
     if library.nvrtcCreateProgram(ctypes.byref(program), b"", b"", 0, None, None):

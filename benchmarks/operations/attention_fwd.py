@@ -52,10 +52,10 @@ class AttentionForward:
             accepted = "shapes without ranges: the time would be that of the numbers in them"
             raise ArgumentError("shape", shapes.describe(problem), accepted)
         generator = torch.Generator(device=device).manual_seed(seed)
-        shapes = [(problem.num_heads_q, problem.seqlen_q, problem.head_dim)]
-        shapes += [(problem.num_heads_kv, problem.seqlen_k, d) for d in (problem.head_dim, problem.head_dim_v)]
+        sizes = [(problem.num_heads_q, problem.seqlen_q, problem.head_dim)]
+        sizes += [(problem.num_heads_kv, problem.seqlen_k, d) for d in (problem.head_dim, problem.head_dim_v)]
         tensors = []
-        for shape in shapes:
+        for shape in sizes:
             x = torch.randn((problem.batch, *shape), device=device, generator=generator)
             if variant == "outliers":
                 rare = torch.rand(x.shape, device=device, generator=generator) < _OUTLIER_RATE
