@@ -132,7 +132,7 @@ def test_every_suite_is_recorded_with_every_peer_of_that_machine(suite):
 
 
 def test_two_cards_agree_on_who_wins():
-    """In at least 95% of the cells the winner is the same, or the two are tied on either card. (Of an earlier kernel.)"""
+    """In at least 95% of the cells the winner is the same, or there is a tie on either card. (Of an earlier kernel.)"""
     one, other = (records.read(path) for path in sorted((RESULTS / "two-cards").glob("*.json")))
     assert (
         one.meta["uuid"] != other.meta["uuid"] and one.meta["sources"]["cuda_src"] == other.meta["sources"]["cuda_src"]
