@@ -1,6 +1,6 @@
 """Compiles the whole config space of the attention kernel and lists every config that spills or does not compile.
 
-    make compile-all                                  # 40,000 configs: about 7 hours of one core
+    make compile-all                                  # 80,000 configs: about 14 hours of one core
     make compile-all ARGS="--head-dim 128 --head-dim 64x256 --mask both"
 
 Each result is a line of the report, keyed by all that went into it: a run that was stopped goes on where it was, and

@@ -22,7 +22,7 @@ from rtk.digest import sources_digest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
-SUITES = ("paper", "paper-fp16", "small", "long", "gqa", "ragged", "overhead", "coldstart", "accuracy")
+SUITES = ("paper", "paper-fp16", "small", "long", "gqa", "ragged", "models", "overhead", "coldstart", "accuracy")
 BLOCK = re.compile(r"^(?:<!-- needs: (?P<needs>[\w ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
