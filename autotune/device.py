@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from rtk import driver
 from rtk.driver import call
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: other threads may allocate meanwhile
 _SCRATCH_BYTES = 64 << 20  # clearing so much takes some 20 µs, as enqueueing a graph does
 _BLOCKING_SYNC = 1  # CU_EVENT_BLOCKING_SYNC: the CPU sleeps until the event, and does not spin
 
@@ -29,10 +27,7 @@ class Device:
     def __enter__(self) -> Device:
         with contextlib.ExitStack() as entered:
             entered.enter_context(driver.on_device(self.ordinal))
-            handle = ctypes.c_void_p()
-            call("cuStreamCreate", ctypes.byref(handle), _NON_BLOCKING)
-            entered.callback(call, "cuStreamDestroy_v2", handle)
-            self.stream = handle.value or 0
+            self.stream = entered.enter_context(driver.new_stream())
             self._kept = entered.pop_all()
         return self
 
@@ -74,7 +69,7 @@ class Device:
     def graph(self, work: Callable[[], None]) -> Iterator[Callable[[], None]]:
         """What `work` puts on the stream, as something that can be replayed there."""
         stream, graph, executable = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
-        call("cuStreamBeginCapture_v2", stream, _RELAXED)
+        call("cuStreamBeginCapture_v2", stream, driver.CAPTURE_MODE_RELAXED)
         try:
             work()
         finally:  # a capture must be ended, also one that failed

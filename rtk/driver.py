@@ -19,7 +19,7 @@ from rtk.errors import DriverError, ToolchainError
 _SM_COUNT, _MEMORY_CLOCK_KHZ, _L2_BYTES, _CC_MAJOR, _CC_MINOR, _SHARED_OPTIN = 16, 36, 38, 75, 76, 97
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
-_CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
+CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode: other threads may allocate meanwhile
 _STREAM_NON_BLOCKING = 1  # CUstream_flags
 _NOT_INITIALIZED = 3  # CUresult
 _TRAP_REPORT = b"rtk_trap_report"  # a variable that only debug builds have
@@ -196,18 +196,28 @@ def synchronize(stream: int) -> None:
     call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
 
+@contextlib.contextmanager
+def new_stream() -> Iterator[int]:
+    """A stream of the current device, for the block; it and the null stream do not wait for each other."""
+    stream = ctypes.c_void_p()
+    call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
+    try:
+        yield stream.value or 0
+    finally:
+        call("cuStreamDestroy_v2", stream)
+
+
 def allocate_zeroed(nbytes: int, ordinal: int) -> int:
     """Device memory that is kept for the life of the process, cleared; also while a graph is being captured."""
-    pointer, stream, mode = ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_int(_CAPTURE_MODE_RELAXED)
+    pointer, mode = ctypes.c_uint64(), ctypes.c_int(CAPTURE_MODE_RELAXED)
     with on_device(ordinal):
         # In the other modes allocating would be refused while any thread captures, and would spoil its capture.
         call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         try:
             call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(nbytes))
-            call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
-            zero(pointer.value, nbytes, ordinal, stream.value or 0)
-            synchronize(stream.value or 0)
-            call("cuStreamDestroy_v2", stream)
+            with new_stream() as stream:
+                zero(pointer.value, nbytes, ordinal, stream)
+                synchronize(stream)
         finally:
             call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
     return pointer.value

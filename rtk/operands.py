@@ -27,9 +27,13 @@ class Operands:
         for name, view in (("k", self.k), ("v", self.v)):
             if view.dtype != self.q.dtype:
                 raise ArgumentError(name, f"dtype {view.dtype}", f"{self.q.dtype}, as q has")
-            if view.device != self.q.device:
-                received = f"an array on {device_name(view.device)}"
-                raise ArgumentError(name, received, f"{device_name(self.q.device)}, as q is")
+            self.check_device(name, view)
+
+    def check_device(self, name: str, view: View) -> None:
+        """All arrays of a call are where q is."""
+        if view.device != self.q.device:
+            received = f"an array on {device_name(view.device)}"
+            raise ArgumentError(name, received, f"{device_name(self.q.device)}, as q is")
 
     def read_range(self, kv_range: Any, batch: int) -> tuple[int, int]:
         """The addresses of the two arrays of a kv_range, 0 for None; checked."""
@@ -47,9 +51,7 @@ class Operands:
         view = view_of(self.library, array, name, ("int32",))
         if view.shape != (batch,):
             raise ArgumentError(name, f"shape {view.shape}", f"shape ({batch},), as q's batch")
-        if view.device != self.q.device:
-            received = f"an array on {device_name(view.device)}"
-            raise ArgumentError(name, received, f"{device_name(self.q.device)}, as q is")
+        self.check_device(name, view)
         if batch > 1 and view.strides != (1,):
             raise UnsupportedError(name, f"strides {view.strides}", "a contiguous array")
         return view.pointer
@@ -109,9 +111,7 @@ def check_out(operands: Operands, out: Any, shape: tuple[int, ...]) -> None:
         raise ArgumentError("out", f"shape {view.shape}", f"shape {shape}")
     if view.dtype != operands.q.dtype:
         raise ArgumentError("out", f"dtype {view.dtype}", f"{operands.q.dtype}, as q has")
-    if view.device != operands.q.device:
-        received = f"an array on {device_name(view.device)}"
-        raise ArgumentError("out", received, f"{device_name(operands.q.device)}, as q is")
+    operands.check_device("out", view)
     if not operands.library.writable(out):
         raise ArgumentError("out", "a read-only array", "one that can be written")
     if overlaps_itself(view):

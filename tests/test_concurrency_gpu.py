@@ -340,7 +340,7 @@ def test_capture_in_one_thread_while_others_call(torch: Any, torch_calls: Calls)
 
 @pytest.mark.parametrize("what", ["workspace", "copy"])
 def test_memory_that_a_cupy_graph_uses_is_not_handed_out_again(cupy: Any, gpu: Any, what: str) -> None:
-    """CuPy's pool knows nothing of graphs: the counter, or the copy of an input, must not return to it."""
+    """CuPy's pool knows nothing of graphs: the copy of an input must not return to it. (The counter is none of it.)"""
     library = arrays_of(gpu, "cupy")
     calls = Calls(library)
     q, k, v = calls.inputs[0]
