@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rtk import autotune as autotune
     from rtk import errors as errors
+    from rtk import torch as torch
     from rtk.api import attention as attention
     from rtk.api import flash_attn_func as flash_attn_func
     from rtk.api import stats as stats
@@ -48,6 +49,7 @@ _HOME: dict[str, str | None] = {
     "errors": None,
     "freeze": "rtk.autotune.choice",
     "record_shapes": "rtk.autotune.recording",
+    "torch": None,  # not in __all__: it imports torch
     # a kernel of one's own
     "Binary": "rtk.jit",
     "Binding": "rtk.spec",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from rtk import counters, ops
@@ -73,7 +75,7 @@ def attention(
         UnsupportedError: what this GPU or this build cannot do. Both name the argument, and nothing was launched.
         ToolchainError: NVRTC, CuPy or the driver is missing; `rtk doctor` says what to install.
     """
-    return ops.attention_fwd(
+    return _path(q, k, v)(
         q,
         k,
         v,
@@ -108,7 +110,7 @@ def flash_attn_func(
     Options are keywords only: FlashAttention-2's fourth positional argument is a dropout probability, and there is no
     dropout here. Shapes, dtypes, returned values and errors are those of `attention` with layout="bshd".
     """
-    return ops.attention_fwd(
+    return _path(q, k, v)(
         q,
         k,
         v,
@@ -125,6 +127,16 @@ def flash_attn_func(
         batch_invariant=False,
         sm_margin=0,
     )
+
+
+def _path(q: Any, k: Any, v: Any) -> Callable[..., Any]:
+    """Through torch's dispatcher where anything of torch wants to see the call; else straight to the kernel."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(q, getattr(torch, "Tensor", ())):
+        return ops.attention_fwd
+    from rtk.torch import operators
+
+    return operators.attention if operators.needs_dispatcher(q, k, v) else ops.attention_fwd
 
 
 def stats() -> dict[str, int]:

@@ -235,7 +235,7 @@ class TorchLibrary:
             raise UnsupportedError(
                 argument,
                 "a tensor that requires grad",
-                "tensors without grad: there is no backward yet",
+                "tensors without grad: the kernel has no backward",
                 "Call it under torch.no_grad(), or detach() the tensor.",
             )
         if self.forward_ad._current_level >= 0 and self.forward_ad.unpack_dual(array).tangent is not None:

@@ -97,12 +97,7 @@ def attention_problem(
     layout: str,
 ) -> AttentionProblem:
     """Checks the arguments of an attention call against each other. Raises ArgumentError or UnsupportedError."""
-    if not isinstance(layout, str) or layout not in LAYOUTS:  # an array may equal a string, element by element
-        raise ArgumentError("layout", layout, " or ".join(map(repr, LAYOUTS)))
-    if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
-        raise ArgumentError("causal_align", causal_align, " or ".join(map(repr, ALIGNMENTS)))
-    if not is_bool(causal):
-        raise ArgumentError("causal", causal, "True or False")
+    check_words(causal, causal_align, layout)
     order = "(batch, heads, seqlen, head_dim)" if layout == "bhsd" else "(batch, seqlen, heads, head_dim)"
     for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
         if len(shape) != 4:
@@ -149,6 +144,21 @@ def attention_problem(
         window_right=None if right is not None and right >= seqlen_q + seqlen_k else right,
         diagonal=seqlen_k - seqlen_q if causal_align == "bottom-right" else 0,
     )
+
+
+def check_words(causal: Any, causal_align: Any, layout: Any) -> None:
+    """Checks what is one of a few words."""
+    if not isinstance(layout, str) or layout not in LAYOUTS:  # an array may equal a string, element by element
+        raise ArgumentError("layout", layout, " or ".join(map(repr, LAYOUTS)))
+    if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
+        raise ArgumentError("causal_align", causal_align, " or ".join(map(repr, ALIGNMENTS)))
+    if not is_bool(causal):
+        raise ArgumentError("causal", causal, "True or False")
+
+
+def check_numbers(softmax_scale: Any, softcap: Any) -> None:
+    """Checks what is a number, by itself."""
+    _softcap(softcap, _scale(softmax_scale, 1))
 
 
 def to_bhsd(values: Any, layout: str) -> Any:

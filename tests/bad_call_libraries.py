@@ -124,11 +124,11 @@ TORCH: Table = {
     "v in NumPy": (lambda _: {"v": zeros(*V)}, "v"),
     "out in NumPy": (lambda _: {"out": zeros(*OUT)}, "out"),
     **{
-        f"{name} requires grad": (_with_torch(lambda _, x, name=name: {name: x[name].requires_grad_()}), name)
+        f"{name} requires grad": (_with_torch(lambda _, x, name=name: {name: x[name].requires_grad_()}), "out")
         for name in "qkv"
     },
-    "q parameter": (_with_torch(lambda torch, x: {"q": torch.nn.Parameter(x["q"])}), "q"),
-    "q result of autograd": (_with_torch(lambda _, x: {"q": x["q"].requires_grad_() * 2}), "q"),
+    "q parameter": (_with_torch(lambda torch, x: {"q": torch.nn.Parameter(x["q"])}), "out"),
+    "q result of autograd": (_with_torch(lambda _, x: {"q": x["q"].requires_grad_() * 2}), "out"),
     "out requires grad": (lambda make: {"out": make.poisoned().requires_grad_()}, "out"),
     **{f"{name} sparse": (_with_torch(lambda _, x, name=name: {name: x[name].to_sparse()}), name) for name in "qkv"},
     "q sparse rows": (_with_torch(lambda torch, x: {"q": x["q"][0, 0].float().to_sparse_csr()}), "q"),
@@ -157,7 +157,7 @@ TORCH: Table = {
     },
     "k bfloat16": (_with_torch(lambda torch, x: {"k": x["k"].bfloat16()}), "k"),
     "out bfloat16": (lambda make: {"out": make.poisoned().bfloat16()}, "out"),
-    "q fake": (lambda make: {"q": _fake(make.module, make.device)}, "q"),
+    "q fake": (lambda make: {"q": _fake(make.module, make.device)}, "out"),
     "q masked": (_with_torch(lambda torch, x: {"q": _masked(torch, x["q"])}), "q"),
     "q freed": (_with_torch(lambda _, x: {"q": _freed(x["q"])}), "q"),
     "v freed": (_with_torch(lambda _, x: {"v": _freed(x["v"])}), "v"),

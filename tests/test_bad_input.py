@@ -153,7 +153,7 @@ def test_python_refuses_what_is_missing_or_unknown(arguments: dict[str, Any]) ->
         rtk.attention(**arguments)
 
 
-def test_torch_under_transformations() -> None:
+def test_torch_in_forward_mode() -> None:
     torch = pytest.importorskip("torch")
     x = {name: y.float() for name, y in maker("torch").call().items()}
 
@@ -164,12 +164,7 @@ def test_torch_under_transformations() -> None:
         with torch.autograd.forward_ad.dual_level():
             attend(torch.autograd.forward_ad.make_dual(q, q))
 
-    for transformed in (
-        lambda q: torch.vmap(attend)(q[None]),
-        torch.func.grad(attend),
-        lambda q: torch.func.jvp(attend, (q,), (q,)),
-        dual,
-    ):
+    for transformed in (lambda q: torch.func.jvp(attend, (q,), (q,)), dual):
         with (
             pytest.raises((ArgumentError, UnsupportedError), match=r"rtk: q: received .*accepted: "),
             warnings.catch_warnings(),

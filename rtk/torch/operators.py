@@ -1,0 +1,322 @@
+"""torch.ops.rtk.attention_fwd and attention_bwd: what torch.compile, autograd, autocast, vmap and export see of us.
+
+Defined by `torch.library` with define and impl (its custom_op costs more a call). The backward is an operator of its
+own (`rtk.torch.backward`), from the saved q, k, v, o and lse: no forward is computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rtk import ops
+from rtk.errors import ArgumentError, UnsupportedError
+from rtk.problem import check_numbers, check_words, window_bounds
+from rtk.torch import backward
+
+# None: the default softmax_scale, an unbounded window. `config` is JSON of a config's fields.
+_OPTIONS = (
+    "bool causal=False, bool top_left=False, SymInt? window_left=None, SymInt? window_right=None, "
+    "float? softmax_scale=None, float softcap=0.0"
+)
+_RANGE = "Tensor? kv_first=None, Tensor? kv_end=None"
+_FWD = (
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_RANGE}, *, {_OPTIONS}, "
+    'str config="", bool batch_invariant=False, SymInt sm_margin=0) -> (Tensor o, Tensor lse)'
+)
+_BWD = (
+    "attention_bwd(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    f"{_RANGE}, *, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+_library = torch.library.Library("rtk", "DEF")
+_library.define(_FWD)
+_library.define(_BWD)
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_first: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    *,
+    causal: bool = False,
+    top_left: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    config: str = "",
+    batch_invariant: bool = False,
+    sm_margin: int = 0,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():  # what the backward needs is saved by autograd's own part
+        return ops.attention_fwd(  # type: ignore[no-any-return]
+            q,
+            k,
+            v,
+            causal=causal,
+            causal_align="top-left" if top_left else "bottom-right",
+            window_size=(window_left, window_right),
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            kv_range=None if kv_first is None and kv_end is None else (kv_first, kv_end),
+            layout="bhsd",
+            return_lse=True,
+            out=_result_like(q, v.shape[3]),
+            config=json.loads(config) if config else None,
+            batch_invariant=batch_invariant,
+            sm_margin=sm_margin,
+        )
+
+
+def _result_like(q: Tensor, head_dim_v: int) -> Tensor:
+    """Memory for o: its dimensions lie in the order of q's, so that what was transposed is not copied to go back."""
+    if head_dim_v <= q.shape[3]:
+        return torch.empty_like(q[..., :head_dim_v])
+    return q.new_empty((*q.shape[:3], head_dim_v))
+
+
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """The results' shapes, dtypes and strides, for tensors without memory."""
+    torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v have four dimensions each")
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty((q.shape[0], q.shape[1], q.shape[2]), dtype=lse_dtype)
+    return _result_like(q, v.shape[3]), lse
+
+
+_library.impl("attention_fwd", _fwd, "CPU")
+_library.impl("attention_fwd", _fwd, "CUDA")
+torch.library.register_fake("rtk::attention_fwd", _fwd_fake, lib=_library)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+_MEANING = ("causal", "top_left", "window_left", "window_right", "softmax_scale", "softcap")
+
+
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
+    q, k, v, kv_first, kv_end = inputs
+    ctx.save_for_backward(q, k, v, *output, kv_first, kv_end)
+    ctx.options = {name: keyword_only_inputs[name] for name in _MEANING}
+    ctx.set_materialize_grads(False)
+
+
+def _backward(options: dict[str, Any], *tensors: Any) -> Any:
+    return torch.ops.rtk.attention_bwd(*tensors, **options)
+
+
+def _differentiate(
+    ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None, run: Callable[..., Any] = _backward
+) -> tuple[Any, ...]:
+    q, k, v, o, lse, kv_first, kv_end = ctx.saved_tensors
+    if grad_o is None:
+        if grad_lse is None:
+            return None, None, None, None, None
+        grad_o = torch.zeros_like(o)
+    grads = run(ctx.options, grad_o, grad_lse, q, k, v, o, lse, kv_first, kv_end)
+    return (*grads, None, None)
+
+
+torch.library.register_autograd("rtk::attention_fwd", _differentiate, setup_context=_save, lib=_library)
+
+
+def _bwd_fake(grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_library.impl("attention_bwd", backward.attention_bwd, "CPU")
+_library.impl("attention_bwd", backward.attention_bwd, "CUDA")
+torch.library.register_fake("rtk::attention_bwd", _bwd_fake, lib=_library)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise UnsupportedError("backward", "a derivative of the backward", "first derivatives: create_graph=False")
+
+
+torch.library.register_autograd("rtk::attention_bwd", _no_second_derivative, lib=_library)
+
+
+# --- autocast, vmap --------------------------------------------------------------------------------------------------
+
+
+def _autocast_for(device_type: str, key: str) -> None:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(x: Any, dtype: torch.dtype) -> Any:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible and x.device.type == device_type else x
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.rtk.attention_fwd(*(cast(x, dtype) for x in (q, k, v)), *rest, **options)
+
+    _library.impl("attention_fwd", run, key)
+
+
+_autocast_for("cuda", "AutocastCUDA")
+_autocast_for("cpu", "AutocastCPU")
+
+
+def _folded(info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    """A mapped dimension is more batch: it goes before the batch of each tensor, and is made one with it."""
+
+    def fold(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.reshape(-1, *x.shape[2:])
+
+    return [fold(x, dim) for x, dim in zip(arguments, in_dims, strict=False)]
+
+
+def _vmap_of(operator: Any, results: int) -> Callable[..., Any]:
+    def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        found = operator(*_folded(info, in_dims, arguments), **options)
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * results
+
+    return run
+
+
+torch.library.register_vmap("rtk::attention_fwd", _vmap_of(torch.ops.rtk.attention_fwd, 2), lib=_library)
+torch.library.register_vmap("rtk::attention_bwd", _vmap_of(torch.ops.rtk.attention_bwd, 3), lib=_library)
+
+
+class _Transformable(torch.autograd.Function):  # type: ignore[misc]
+    """The same gradients for torch.func, whose transforms want them as an autograd.Function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(options: dict[str, Any], *tensors: Any) -> Any:
+        return torch.ops.rtk.attention_fwd(*tensors, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        options, *tensors = inputs
+        _save(ctx, tuple(tensors), options, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *_differentiate(ctx, grads[0], grads[1], _TransformableBackward.apply)
+
+
+class _TransformableBackward(torch.autograd.Function):  # type: ignore[misc]
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(options: dict[str, Any], *tensors: Any) -> Any:
+        return torch.ops.rtk.attention_bwd(*tensors, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _no_second_derivative(ctx)
+
+
+# --- the public function's way in ------------------------------------------------------------------------------------
+
+
+def needs_dispatcher(*tensors: Any) -> bool:
+    """Whether anything of torch wants to see the call: a gradient, a mode, a transform, autocast, a subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    grad = torch.is_grad_enabled()
+    return any(isinstance(x, Tensor) and ((grad and x.requires_grad) or type(x) not in _PLAIN) for x in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    causal_align: str,
+    window_size: Any,
+    softmax_scale: float | None,
+    softcap: float,
+    kv_range: Any,
+    layout: str,
+    return_lse: bool,
+    out: Any,
+    config: Any,
+    batch_invariant: bool,
+    sm_margin: int,
+) -> Any:
+    """rtk.attention through the operator: arguments as there."""
+    if not torch.compiler.is_compiling():  # a trace meets wrong arguments when the kernel runs
+        _check_tensors(q, k, v)
+        check_words(causal, causal_align, layout)
+        check_numbers(softmax_scale, softcap)
+    if out is not None:
+        accepted = "None where gradients, a transform, a trace, autocast or a tensor subclass are in play"
+        raise UnsupportedError("out", "an array", accepted, "Under torch.no_grad() it is written to.")
+    swapped = layout == "bshd"
+    if swapped:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    left, right = window_bounds(window_size)
+    first, end = (None, None) if kv_range is None else kv_range
+    options = {
+        "causal": causal,
+        "top_left": causal_align == "top-left",
+        "window_left": left,
+        "window_right": right,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "config": _as_json(config),
+        "batch_invariant": batch_invariant,
+        "sm_margin": sm_margin,
+    }
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        o, lse = _Transformable.apply(options, q, k, v, first, end)
+    else:
+        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
+    o = o.transpose(1, 2) if swapped else o
+    return (o, lse) if return_lse else o
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What would not be an error of ours further down."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not issubclass(type(x), Tensor):  # a mock says that it is an instance
+            raise ArgumentError(name, f"an object of type {type(x).__name__}", "an array of torch, as q is")
+        if x.is_nested or type(x).__module__.startswith("torch.masked"):
+            raise ArgumentError(name, f"a {type(x).__name__}, nested or masked", "a dense strided tensor")
+        if (
+            torch.autograd.forward_ad._current_level >= 0
+            and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+        ):
+            received = "a tensor with a tangent (forward-mode differentiation)"
+            raise UnsupportedError(name, received, "tensors without one", "Reverse mode works: torch.func.grad.")
+
+
+def _as_json(config: Any) -> str:
+    if config is None:
+        return ""
+    return json.dumps(dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config))
