@@ -54,6 +54,9 @@ class Library(Protocol):
     def stream(self, device: int) -> int:
         """The caller's current stream on the device, as a handle."""
 
+    def is_current(self, device: int) -> bool:
+        """Whether the device is the calling thread's current one; False where that is dear to ask."""
+
     def contiguous(self, array: Any) -> Any:
         """A copy in C order."""
 
@@ -94,6 +97,9 @@ class NumpyLibrary:
 
     def stream(self, device: int) -> int:
         raise AssertionError("NumPy arrays have no stream")
+
+    def is_current(self, device: int) -> bool:
+        return False
 
     def contiguous(self, array: Any) -> Any:
         return np.array(array, order="C")
@@ -172,6 +178,9 @@ class CupyLibrary:
 
     def stream(self, device: int) -> int:
         return int(self.cupy.cuda.get_current_stream(device).ptr)
+
+    def is_current(self, device: int) -> bool:
+        return bool(self.cupy.cuda.runtime.getDevice() == device)
 
     def contiguous(self, array: Any) -> Any:
         with array.device:
@@ -257,6 +266,9 @@ class TorchLibrary:
 
     def stream(self, device: int) -> int:
         return int(self.torch._C._cuda_getCurrentRawStream(device))
+
+    def is_current(self, device: int) -> bool:
+        return bool(self.torch._C._cuda_getDevice() == device)
 
     def contiguous(self, array: Any) -> Any:
         return array.detach().clone(memory_format=self.torch.contiguous_format)

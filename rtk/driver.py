@@ -21,7 +21,7 @@ _MAX_DYNAMIC_SHARED_BYTES = 8
 _CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
 CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode: other threads may allocate meanwhile
 _STREAM_NON_BLOCKING = 1  # CUstream_flags
-_NOT_INITIALIZED = 3  # CUresult
+_NOT_INITIALIZED, _NO_CONTEXT, _OTHER_CONTEXT = 3, 201, 400  # CUresult
 _TRAP_REPORT = b"rtk_trap_report"  # a variable that only debug builds have
 _HOST_MEMORY_PORTABLE_MAPPED = 1 | 2  # CU_MEMHOSTALLOC_PORTABLE | _DEVICEMAP
 
@@ -72,10 +72,15 @@ def _forked(parent: str) -> ToolchainError:
 def call(function: str, *arguments: object, detail: str = "") -> None:
     """Calls a driver function; anything but CUDA_SUCCESS raises DriverError."""
     code = getattr(library(), function)(*arguments)
-    if code == _NOT_INITIALIZED:
-        raise _forked("a process")
     if code:
-        raise DriverError(function, code, _error_name(code), detail)
+        raise failed(function, code, detail)
+
+
+def failed(function: str, code: int, detail: str = "") -> ToolchainError | DriverError:
+    """The error that a driver function's code is."""
+    if code == _NOT_INITIALIZED:
+        return _forked("a process")
+    return DriverError(function, code, _error_name(code), detail)
 
 
 def _error_name(code: int) -> str:
@@ -149,6 +154,50 @@ def on_device(ordinal: int) -> Iterator[None]:
         call("cuCtxPopCurrent_v2", ctypes.byref(current))
 
 
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z")),
+        ("shared_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_uint64),
+        ("attributes", ctypes.c_uint64),
+        ("attribute_count", ctypes.c_uint32),
+    )
+
+
+class Launch:
+    """A launch made ready: the kernel's one by-value argument, and what cuLaunchKernelEx takes. For one call at a time.
+
+    The driver copies the argument when it is called: after that `bytes`, or `words` of eight of them, may be changed
+    for the next call.
+    """
+
+    def __init__(self, function: Function, grid: int, threads: int, shared_bytes: int, argument: bytes) -> None:
+        self._function = function
+        self._argument = ctypes.create_string_buffer(argument, -(-len(argument) // 8) * 8)
+        self.bytes = memoryview(self._argument).cast("B")
+        self.words = self.bytes.cast("Q")
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._argument))
+        self._config = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared_bytes, 0, 0, 0)
+        self._stream = 0
+        self._call = library().cuLaunchKernelEx
+        self._places = (ctypes.byref(self._config), function.handle, self._arguments, None)
+
+    def start(self, stream: int, here: bool = False) -> None:
+        """Puts the kernel on the stream. `here`: the device is the thread's current one, which spares asking."""
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        code = self._call(*self._places) if here else _NO_CONTEXT
+        if code in (_NO_CONTEXT, _OTHER_CONTEXT):  # a thread's first call, or another library's context
+            with on_device(self._function.ordinal):
+                code = self._call(*self._places)
+        if code:
+            raise failed("cuLaunchKernelEx", code)
+        if self._function.trap_report is not None:
+            self._function.wait_for_debug_build(stream)
+
+
 @dataclass(frozen=True)
 class Function:
     """A kernel loaded on one device."""
@@ -157,17 +206,11 @@ class Function:
     ordinal: int
     trap_report: ctypes.c_uint64 | None = None  # of a debug build: where it leaves the name of what it waited for
 
-    def launch(self, grid: int, threads: int, shared_bytes: int, stream: int, parameters: bytearray) -> None:
-        """Launches `grid` blocks on the stream; `parameters` is the kernel's one by-value argument."""
-        block = (ctypes.c_char * len(parameters)).from_buffer(parameters)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        with on_device(self.ordinal):
-            shape = (grid, 1, 1, threads, 1, 1)
-            call("cuLaunchKernel", self.handle, *shape, shared_bytes, ctypes.c_void_p(stream), pointers, None)
-            if self.trap_report is not None:
-                self._wait_for_debug_build(stream)
+    def ready(self, grid: int, threads: int, shared_bytes: int, argument: bytes) -> Launch:
+        """A launch of `grid` blocks; `argument` is what the kernel takes, by value."""
+        return Launch(self, grid, threads, shared_bytes, argument)
 
-    def _wait_for_debug_build(self, stream: int) -> None:
+    def wait_for_debug_build(self, stream: int) -> None:
         """Raises DriverError, naming the barrier, where the kernel waited too long. Not while a graph is captured."""
         assert self.trap_report is not None
         if is_capturing(stream):
@@ -176,7 +219,7 @@ class Function:
         name = self.trap_report.value.to_bytes(8, "little").rstrip(b"\0").decode(errors="replace")
         if code:
             detail = f"the kernel waited too long for barrier {name!r}" if name else ""
-            raise DriverError("cuStreamSynchronize", code, _error_name(code), detail)
+            raise failed("cuStreamSynchronize", code, detail)
 
 
 def is_capturing(stream: int) -> bool:

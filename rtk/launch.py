@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import struct
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from rtk import counters, driver, jit, tma, zeroed
 from rtk.arrays import Library, View
-from rtk.driver import Function
+from rtk.driver import Function, Launch
 from rtk.errors import ArgumentError, UnsupportedError
 from rtk.spec import (
     SHARED_BYTES_PER_BLOCK,
@@ -31,7 +30,6 @@ PLANS_REMEMBERED = 4096
 _MAPS_REMEMBERED = 1 << 15  # of all plans together; allocators hand out the same addresses again and again
 _MAX_GRID = (1 << 31) - 1
 _ADDRESS_TYPES = (ctypes.c_uint64, ctypes.c_void_p)
-_write_address = struct.Struct("<Q").pack_into
 
 
 class Recent(Generic[Key, Value]):
@@ -92,7 +90,7 @@ class _Maps:
 class Plan:
     """Everything about a launch that does not change from call to call.
 
-    A plan holds no state of a call: the parameter block is copied for each, so threads and streams may share a plan.
+    Threads and streams may share a plan: each call takes a launch of the plan's for itself, and gives it back.
     `arrays` names the arrays whose addresses a launch takes, in that order; `report` is the compiler's.
     """
 
@@ -104,14 +102,15 @@ class Plan:
         self.workspace_bytes = binding.workspace_bytes
         kind = type(binding.parameters)
         self._template = bytes(binding.parameters).ljust(parameter_bytes(kind), b"\0")
-        # (offset in the parameter block, the tensor maps that go there; None for a plain address)
+        # (word in the kernel's argument, the tensor maps that go there; None for a plain address)
         self._slots: list[tuple[int, _Maps | None]] = []
-        self._slots += [(getattr(kind, operand.field).offset, _Maps(operand, device)) for operand in binding.tensors]
-        self._slots += [(getattr(kind, name).offset, None) for name in binding.pointers]
+        self._slots += [(_word(kind, operand.field), _Maps(operand, device)) for operand in binding.tensors]
+        self._slots += [(_word(kind, name), None) for name in binding.pointers]
         if binding.workspace is not None and binding.workspace_bytes:
-            self._slots.append((getattr(kind, binding.workspace).offset, None))
-        self._counter_offset = None if binding.counter is None else getattr(kind, binding.counter).offset
+            self._slots.append((_word(kind, binding.workspace), None))
+        self._counter = None if binding.counter is None else _word(kind, binding.counter)
         self.report, self._function = _load(source, device, shared_bytes)
+        self._ready: list[_Ready] = []  # launches that no call is using
         counters.add("plans")
 
     @classmethod
@@ -151,26 +150,57 @@ class Plan:
             library.keep_for_graph(workspace)
             driver.zero(pointer, 4 * words, self.device, stream)
             addresses = (*addresses, pointer)
-        self.launch(addresses, stream)
+        self.launch(addresses, stream, here=library.is_current(self.device))
 
-    def launch(self, addresses: Sequence[int], stream: int, counter: int | None = None) -> None:
+    def launch(self, addresses: Sequence[int], stream: int, counter: int | None = None, *, here: bool = False) -> None:
         """Runs the kernel on the stream, with the addresses of `arrays` (0 for null), then that of a workspace.
 
-        `counter` is the address of a word that is zero, for a plan that needs one; None takes one that is free.
+        `counter` is the address of a word that is zero, for a plan that needs one; None takes one that is free. `here`:
+        the device is the calling thread's current one.
         """
         if not self.grid:
             return
-        block = bytearray(self._template)
-        for (offset, maps), address in zip(self._slots, addresses, strict=True):
-            if maps is None:
-                _write_address(block, offset, address)
-            else:
-                block[offset : offset + tma.MAP_BYTES] = maps.at(address)
-        if self._counter_offset is not None:
-            counter = zeroed.word(self.device, stream) if counter is None else counter
-            _write_address(block, self._counter_offset, counter)
-        self._function.launch(self.grid, self.threads, self.shared_bytes, stream, block)
+        try:
+            ready = self._ready.pop()
+        except IndexError:
+            function = self._function.ready(self.grid, self.threads, self.shared_bytes, self._template)
+            ready = _Ready(function)
+        if addresses != ready.addresses:
+            self._address(ready, addresses)
+        if self._counter is not None:
+            ready.launch.words[self._counter] = zeroed.word(self.device, stream) if counter is None else counter
+        ready.launch.start(stream, here)
+        self._ready.append(ready)
         counters.add("launches")
+
+    def _address(self, ready: _Ready, addresses: Sequence[int]) -> None:
+        """Writes those addresses, and their tensor maps, that are not what the launch had last."""
+        before, ready.addresses = ready.addresses, None  # what fails half-way is not to be taken for either
+        words, block = ready.launch.words, ready.launch.bytes
+        for (word, maps), address, last in zip(self._slots, addresses, before or (None,) * len(addresses), strict=True):
+            if address == last:
+                continue
+            if maps is None:
+                words[word] = address
+            else:
+                block[8 * word : 8 * word + tma.MAP_BYTES] = maps.at(address)
+        ready.addresses = tuple(addresses)
+
+
+class _Ready:
+    """A launch, and the addresses that are written in it."""
+
+    __slots__ = ("addresses", "launch")
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.addresses: tuple[int, ...] | None = None
+
+
+def _word(kind: type[ctypes.Structure], name: str) -> int:
+    offset: int = getattr(kind, name).offset
+    assert offset % 8 == 0, name
+    return offset // 8
 
 
 def check_device(argument: str, device: int, sm_margin: int) -> None:

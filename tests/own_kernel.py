@@ -140,12 +140,20 @@ class FakeGpu(NumpyLibrary):
     def load(self, source: Any, device: int, shared_bytes: int) -> Any:
         gpu = self
 
-        class Function:
-            def launch(self, grid: int, threads: int, shared_bytes: int, stream: int, block: bytearray) -> None:
+        class Ready:
+            def __init__(self, grid: int, threads: int, shared_bytes: int, argument: bytes) -> None:
                 assert grid > 0
-                launched = Launch(grid, threads, shared_bytes, stream, device, source)
+                self.shape = grid, threads, shared_bytes
+                self.bytes = memoryview(bytearray(argument.ljust(-(-len(argument) // 8) * 8, b"\0")))
+                self.words = self.bytes.cast("Q")
+
+            def start(self, stream: int, here: bool) -> None:
+                launched = Launch(*self.shape, stream, device, source)
                 gpu.launches.append(launched)
-                gpu.kernel(gpu.parameters.from_buffer_copy(block), launched)
+                gpu.kernel(gpu.parameters.from_buffer_copy(self.bytes), launched)
+
+        class Function:
+            ready = Ready
 
         return REPORT, Function()
 

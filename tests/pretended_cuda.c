@@ -69,7 +69,7 @@ int cuFuncSetAttribute(void* f, int a, int v) { return 0; }
 int cuTensorMapEncodeTiled(void* map, int t, int r, void* p, const void* a, const void* b, const void* c, const void* d,
                            int e, int f, int g, int h) { memset(map, 1, 128); return 0; }
 static void run(double us) { if (capturing) captured_us += us; else now_us += us * noise(); }
-int cuLaunchKernel(Kernel* f, int gx, int gy, int gz, int bx, int by, int bz, int sh, void* s, void** p, void** e) {
+int cuLaunchKernelEx(void* config, Kernel* f, void** p, void** e) {
     if (f->us < 0) return 701;  // out of resources
     run(f->us);
     return 0;

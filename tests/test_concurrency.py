@@ -64,6 +64,9 @@ class Library:
     def stream(self, device: int) -> int:
         return int(_here.stream)
 
+    def is_current(self, device: int) -> bool:
+        return _here.stream % 512 == 0
+
     def keep_for_graph(self, temporary: Any) -> None:
         pass
 
@@ -106,11 +109,11 @@ class Cuda:
         pointer._obj.value = WORDS
         return 0
 
-    def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
-        *_, stream, pointers, _ = rest
-        block = SPEC.parameters.from_address(pointers[0])
+    def cuLaunchKernelEx(self, config: Any, function: Any, arguments: Any, extra: None) -> int:
+        stream = config._obj.stream
+        block = SPEC.parameters.from_address(arguments[0])
         maps = [tuple((ctypes.c_uint64 * 5).from_buffer(getattr(block, name))) for name in "qkv"]
-        _here.seen.append((stream.value or 0, function.value, *maps, block.o, block.lse, block.tile_counter))
+        _here.seen.append((stream, function.value, *maps, block.o, block.lse, block.tile_counter))
         return 0
 
     def __getattr__(self, name: str) -> Callable[..., int]:
@@ -223,7 +226,7 @@ def test_the_first_call_of_a_shape_raced_by_threads(gpu_pretended):
 def test_failing_calls_amid_good_ones(gpu_pretended, monkeypatch):
     good = [Array((2, 4, 300, 64), "bfloat16", next(_addresses)) for _ in range(3)]
     fails = [0]
-    really_launch = Cuda.cuLaunchKernel
+    really_launch = Cuda.cuLaunchKernelEx
 
     def launch_kernel(self: Any, *arguments: Any) -> int:
         if _here.stream == 13 << 8:
@@ -231,7 +234,7 @@ def test_failing_calls_amid_good_ones(gpu_pretended, monkeypatch):
             return 700
         return really_launch(self, *arguments)
 
-    monkeypatch.setattr(Cuda, "cuLaunchKernel", launch_kernel)
+    monkeypatch.setattr(Cuda, "cuLaunchKernelEx", launch_kernel)
 
     def work(number: int) -> None:
         for turn in range(60):

@@ -83,7 +83,7 @@ USES = {
     "call": lambda: driver.call("cuCtxSynchronize"),
     "load": lambda: driver.load(b"", "k", 0, 0),
     "zero": lambda: driver.zero(4096, 4, 0, 0),
-    "launch": lambda: driver.Function(ctypes.c_void_p(1), 0).launch(1, 1, 0, 0, bytearray(64)),
+    "launch": lambda: driver.Function(ctypes.c_void_p(1), 0).ready(1, 1, 0, bytes(64)).start(0),
 }
 """
 
