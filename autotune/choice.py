@@ -90,6 +90,7 @@ class _State:
         self.frozen = False
         self.modes: list[list[str]] = []  # of `using`, before RTK_AUTOTUNE: the last one counts
         self.readings = 0  # how often they are to be read again
+        self.stamp = object()  # another one whenever a call may get another choice than before
 
 
 _state = _State()
@@ -165,18 +166,23 @@ def using(mode: str) -> Iterator[None]:
         raise ArgumentError("mode", mode, ", ".join(MODES))
     state, ours = _state, [mode]  # a list of its own: blocks of other threads may end before this one
     with state.lock:
-        state.modes = [*state.modes, ours]
+        state.modes, state.stamp = [*state.modes, ours], object()
     try:
         yield
     finally:
         with state.lock:
-            state.modes = [each for each in state.modes if each is not ours]
+            state.modes, state.stamp = [each for each in state.modes if each is not ours], object()
 
 
 def epoch() -> tuple[str | None, int]:
     """What a prepared call depends on besides its problem: it is prepared anew when this is another."""
     modes = _state.modes
     return modes[-1][0] if modes else None, _state.readings
+
+
+def stamp() -> object:
+    """The same object as long as epoch() is the same: cheaper to compare."""
+    return _state.stamp
 
 
 def freeze() -> None:
@@ -191,6 +197,7 @@ def reload() -> None:
         with _state.lock:  # a reading under way began before: it must not be what is kept
             _state.tables = None
             _state.readings += 1
+            _state.stamp = object()
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from rtk import counters, ops
+from rtk import counters, ops, repeats
 
 
 def attention(
@@ -75,7 +74,22 @@ def attention(
         UnsupportedError: what this GPU or this build cannot do. Both name the argument, and nothing was launched.
         ToolchainError: NVRTC, CuPy or the driver is missing; `rtk doctor` says what to install.
     """
-    return _path(q, k, v)(
+    torch, key = sys.modules.get("torch"), None
+    if torch is None or not torch.compiler.is_compiling():
+        kind = repeats.kinds.get(type(q))
+        if kind is not None and out is None and kv_range is None and config is None:
+            meaning = (causal, causal_align, window_size, softmax_scale, softcap, layout)
+            options = (*meaning, return_lse, batch_invariant, sm_margin)
+            key = kind.key(q, k, v) if repeats.usual(*options) else None
+            if key is not None:
+                key += options
+                known = repeats.find(key)
+                result = None if known is None else kind.call(known, q, k, v, return_lse)
+                if result is not None:
+                    return result
+    return _serve(
+        torch,
+        key,
         q,
         k,
         v,
@@ -94,6 +108,16 @@ def attention(
     )
 
 
+def _serve(torch: Any, key: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """Through torch's dispatcher where anything of torch wants to see the call; else straight to the kernel."""
+    if torch is not None and isinstance(q, getattr(torch, "Tensor", ())):
+        from rtk.torch import operators
+
+        if operators.needs_dispatcher(q, k, v):
+            return operators.attention(q, k, v, **options)
+    return ops.attention_fwd(q, k, v, **options, remember_as=key)
+
+
 def flash_attn_func(
     q: Any,
     k: Any,
@@ -110,33 +134,17 @@ def flash_attn_func(
     Options are keywords only: FlashAttention-2's fourth positional argument is a dropout probability, and there is no
     dropout here. Shapes, dtypes, returned values and errors are those of `attention` with layout="bshd".
     """
-    return _path(q, k, v)(
+    return attention(
         q,
         k,
         v,
         causal=causal,
-        causal_align="bottom-right",
         window_size=window_size,
         softmax_scale=softmax_scale,
         softcap=softcap,
-        kv_range=None,
         layout="bshd",
         return_lse=return_lse,
-        out=None,
-        config=None,
-        batch_invariant=False,
-        sm_margin=0,
     )
-
-
-def _path(q: Any, k: Any, v: Any) -> Callable[..., Any]:
-    """Through torch's dispatcher where anything of torch wants to see the call; else straight to the kernel."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(q, getattr(torch, "Tensor", ())):
-        return ops.attention_fwd
-    from rtk.torch import operators
-
-    return operators.attention if operators.needs_dispatcher(q, k, v) else ops.attention_fwd
 
 
 def stats() -> dict[str, int]:

@@ -51,6 +51,9 @@ class Library(Protocol):
         """Where the array's elements are. Raises, naming the argument, where a kernel cannot read them."""
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int | None) -> Any: ...
+    def result(self, q: Any, head_dim_v: int) -> Any:
+        """Memory for the result of a call: as q, with another last dimension."""
+
     def stream(self, device: int) -> int:
         """The caller's current stream on the device, as a handle."""
 
@@ -94,6 +97,9 @@ class NumpyLibrary:
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int | None) -> Any:
         return np.empty(shape, numpy_dtype(dtype))
+
+    def result(self, q: Any, head_dim_v: int) -> Any:
+        return np.empty((*q.shape[:-1], head_dim_v), q.dtype)
 
     def stream(self, device: int) -> int:
         raise AssertionError("NumPy arrays have no stream")
@@ -175,6 +181,10 @@ class CupyLibrary:
     def empty(self, shape: tuple[int, ...], dtype: str, device: int | None) -> Any:
         with self.cupy.cuda.Device(device):
             return self.cupy.empty(shape, numpy_dtype(dtype))
+
+    def result(self, q: Any, head_dim_v: int) -> Any:
+        with q.device:
+            return self.cupy.empty((*q.shape[:-1], head_dim_v), q.dtype)
 
     def stream(self, device: int) -> int:
         return int(self.cupy.cuda.get_current_stream(device).ptr)
@@ -263,6 +273,12 @@ class TorchLibrary:
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int | None) -> Any:
         return self.torch.empty(shape, dtype=self.dtype_of[dtype], device="cpu" if device is None else f"cuda:{device}")
+
+    def result(self, q: Any, head_dim_v: int) -> Any:
+        # Its dimensions lie in the order of q's: what was transposed to come here is not copied to go back.
+        if head_dim_v <= q.shape[-1] and q.stride(-1) == 1:
+            return self.torch.empty_like(q if head_dim_v == q.shape[-1] else q[..., :head_dim_v])
+        return q.new_empty((*q.shape[:-1], head_dim_v))
 
     def stream(self, device: int) -> int:
         return int(self.torch._C._cuda_getCurrentRawStream(device))

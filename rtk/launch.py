@@ -109,6 +109,7 @@ class Plan:
         if binding.workspace is not None and binding.workspace_bytes:
             self._slots.append((_word(kind, binding.workspace), None))
         self._counter = None if binding.counter is None else _word(kind, binding.counter)
+        self.counts = self._counter is not None  # whether a launch needs a word that is zero (rtk.zeroed)
         self.report, self._function = _load(source, device, shared_bytes)
         self._ready: list[_Ready] = []  # launches that no call is using
         counters.add("plans")
@@ -151,6 +152,7 @@ class Plan:
             driver.zero(pointer, 4 * words, self.device, stream)
             addresses = (*addresses, pointer)
         self.launch(addresses, stream, here=library.is_current(self.device))
+        counters.add("launches")
 
     def launch(self, addresses: Sequence[int], stream: int, counter: int | None = None, *, here: bool = False) -> None:
         """Runs the kernel on the stream, with the addresses of `arrays` (0 for null), then that of a workspace.
@@ -168,10 +170,10 @@ class Plan:
         if addresses != ready.addresses:
             self._address(ready, addresses)
         if self._counter is not None:
-            ready.launch.words[self._counter] = zeroed.word(self.device, stream) if counter is None else counter
+            words = ready.launch.words
+            words[self._counter] = zeroed.word(self.device, driver.is_capturing(stream)) if counter is None else counter
         ready.launch.start(stream, here)
         self._ready.append(ready)
-        counters.add("launches")
 
     def _address(self, ready: _Ready, addresses: Sequence[int]) -> None:
         """Writes those addresses, and their tensor maps, that are not what the launch had last."""

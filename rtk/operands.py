@@ -56,8 +56,8 @@ class Operands:
             raise UnsupportedError(name, f"strides {view.strides}", "a contiguous array")
         return view.pointer
 
-    def make_readable(self) -> None:
-        """Copies what TMA cannot read where it is."""
+    def make_readable(self) -> bool:
+        """Copies what TMA cannot read where it is; True where that was nothing."""
         copied = [i for i, x in enumerate(self.views) if not tma.expressible(x.pointer, x.shape, x.strides)]
         for index in copied:
             view = self.views[index]
@@ -68,6 +68,7 @@ class Operands:
             self.library.keep_for_graph(self.arrays[index])
             self.views[index] = self.library.view(self.arrays[index], "qkv"[index])
         self.q, self.k, self.v = self.views
+        return not copied
 
 
 def view_of(library: Library, array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> View:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rtk import arrays, counters, reference, tma
+from rtk import arrays, counters, reference, repeats, tma
 from rtk.arrays import Library, View
 from rtk.autotune import choice, recording
 from rtk.errors import ArgumentError, RtkError, UnsupportedError
@@ -42,8 +42,12 @@ def attention_fwd(
     config: Any,
     batch_invariant: bool,
     sm_margin: int,
+    remember_as: Any = None,
 ) -> Any:
-    """See rtk.attention. Returns o, or (o, lse) with return_lse."""
+    """See rtk.attention. Returns o, or (o, lse) with return_lse.
+
+    remember_as: the key by which the call is remembered, where it can be repeated (rtk.repeats).
+    """
     options: dict[str, Any] = {
         "causal": causal,
         "causal_align": causal_align,
@@ -80,7 +84,7 @@ def attention_fwd(
     _check_gpu(problem, device, sm_margin)
     if problem.is_empty:
         return _empty_answer(operands, problem, out, layout, return_lse)
-    return _on_gpu(operands, problem, bounds, out, layout, return_lse, choices)
+    return _on_gpu(operands, problem, bounds, out, layout, return_lse, choices, remember_as)
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,11 @@ def _on_gpu(
     layout: str,
     return_lse: bool,
     choices: _Choices,
+    remember_as: Any,
 ) -> Any:
     library, device = operands.library, operands.q.device
     assert device is not None
-    operands.make_readable()
+    in_place = operands.make_readable()
     target = out
     if out is not None:
         view = library.view(out, "out")
@@ -167,13 +172,19 @@ def _on_gpu(
             counters.add("outputs_copied")
             target = None
     if target is None:
-        target = library.empty(to_bhsd(problem.o_shape, layout), problem.dtype, device)
+        target = library.result(operands.arrays[0], problem.head_dim_v)
     lse = library.empty(problem.lse_shape, "float32", device) if return_lse else None
     target_view = library.view(target, "out")
     recording.seen(problem)
     plan = _plan(problem, operands, target_view, layout, choices)
     lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
     plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer, *bounds))
+    if remember_as is not None and in_place and out is None and library.name in ("torch", "cupy"):
+        if type(operands.arrays[0]) not in repeats.kinds:
+            repeats.learn(library)
+        like_q = problem.head_dim_v == problem.head_dim
+        known = repeats.Known(plan, to_bhsd(problem.o_shape, layout), problem.lse_shape, like_q)
+        repeats.remember(remember_as, known)
     if out is not None and target is not out:
         library.keep_for_graph(target)
         library.assign(out, target)

@@ -44,10 +44,10 @@ _lock = threading.Lock()
 _words: dict[int, _Words] = {}
 
 
-def word(device: int, stream: int) -> int:
-    """The address of a word for one launch on the stream, or for one node of the graph that it is captured to."""
+def word(device: int, capturing: bool) -> int:
+    """The address of a word for one launch, or, while a graph is captured, for one node of the graph."""
     words = _words.get(device) or _make(device)
-    return words.kept() if driver.is_capturing(stream) else words.passing()
+    return words.kept() if capturing else words.passing()
 
 
 def _make(device: int) -> _Words:

@@ -112,7 +112,8 @@ class FakeGpu(NumpyLibrary):
         monkeypatch.setattr("rtk.driver.device_properties", lambda index: replace(self.properties, ordinal=index))
         monkeypatch.setattr("rtk.driver.zero", lambda pointer, size, device, stream: ctypes.memset(pointer, 0, size))
         self.words = np.zeros(1, np.uint32)
-        monkeypatch.setattr("rtk.zeroed.word", lambda device, stream: self.words.ctypes.data)
+        monkeypatch.setattr("rtk.zeroed.word", lambda device, capturing: self.words.ctypes.data)
+        monkeypatch.setattr("rtk.driver.is_capturing", lambda stream: False)
         monkeypatch.setattr("rtk.checks.compile_configs", lambda spec, configs: [spec.render(x) for x in configs])
         monkeypatch.setattr("rtk.checks.to_host", lambda library, array: array.copy())
         monkeypatch.setattr(launch, "_load", self.load)
@@ -133,6 +134,9 @@ class FakeGpu(NumpyLibrary):
         self.made.append(array)
         self.devices[id(array)] = device or 0
         return array
+
+    def result(self, q: Any, head_dim_v: int) -> Any:
+        return self.empty((*q.shape[:-1], head_dim_v), q.dtype.name, self.devices.get(id(q), 0))
 
     def stream(self, device: int) -> int:
         return getattr(self.local, "stream", 0)

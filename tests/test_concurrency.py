@@ -61,6 +61,9 @@ class Library:
         _here.made.append(array.pointer)
         return array
 
+    def result(self, q: Any, head_dim_v: int) -> Array:
+        return self.empty((*q.shape[:-1], head_dim_v), q.dtype, 0)
+
     def stream(self, device: int) -> int:
         return int(_here.stream)
 

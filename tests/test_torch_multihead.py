@@ -321,7 +321,7 @@ def test_dropout_is_for_training() -> None:
 
 
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel where it can, scaled_dot_product_attention for masks and dropout."""
+    """scaled_dot_product_attention, which chooses; rtk.attention for what torch's function cannot express."""
     calls, sdpa = [], "scaled_dot_product_attention"
 
     def spied(name: str, original: Any) -> Any:
@@ -340,8 +340,11 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         ours(x, attn_mask=torch.eye(6).bool().logical_not(), is_causal=True)
         ours(x, key_padding_mask=torch.zeros(2, 6).bool())
         ours.train()(x)
-    assert calls[:3] == ["attention", "attention", sdpa]
-    assert sdpa in calls[3:]
+        assert calls == [sdpa] * 4
+        calls.clear()
+        ours.eval()(x, kv_range=(None, torch.tensor([3, 6], dtype=torch.int32)))
+        MultiheadAttention(32, 4, window_size=(2, 0))(x)
+    assert calls == ["attention"] * 2
 
 
 def test_autocast() -> None:
@@ -424,7 +427,7 @@ ENDS = torch.full((2,), 5, dtype=torch.int32)
         ({"rope": lambda q, k: q}, {}, ArgumentError, "rope.*Tensor"),
         ({"rope": lambda q, k: (q, k[:, :1])}, {}, ArgumentError, "rope.*shapes"),
         ({"rope": lambda q, k: (q, None)}, {}, ArgumentError, "rope.*shapes"),
-        ({"embed_dim": 16}, {"query": X[..., :16]}, UnsupportedError, "head_dim 4"),
+        ({"embed_dim": 16, "softcap": 1.0}, {"query": X[..., :16]}, UnsupportedError, "head_dim 4"),
     ],
 )
 def test_what_is_no_call(module: dict[str, Any], call: dict[str, Any], error: type[Exception], said: str) -> None:

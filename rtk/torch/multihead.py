@@ -141,8 +141,8 @@ class MultiheadAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not
     ) -> tuple[torch.Tensor, None]:
         """Attends from query to key and value.
 
-        Without masks and dropout `rtk.attention` computes it, and its limits of dtype and head_dim hold. Masks and
-        dropout go through `rtk.torch.scaled_dot_product_attention`, with neither window, softcap nor kv_range.
+        By `rtk.torch.scaled_dot_product_attention`, which hands to torch what rtk cannot serve; with window, softcap
+        or kv_range by `rtk.attention`, whose limits of dtype and head_dim hold then, without masks and dropout.
 
         Args:
             query: (seqlen_q, batch, embed_dim), with batch_first (batch, seqlen_q, embed_dim), or, as one sequence,
@@ -183,7 +183,7 @@ class MultiheadAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not
         q, k, v = (self._to_heads(x) for x in self._projected(query, key, value))
         if self.rope is not None:
             q, k = self._rotated(q, k, v.dtype)
-        if key_padding_mask is None and attn_mask is None and not dropout:
+        if self._beyond_torch(kv_range):
             o = rtk.attention(
                 q,
                 k,
@@ -232,17 +232,21 @@ class MultiheadAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not
             "attn_mask": attn_mask is not None,
             "dropout": bool(dropout),
         }
-        only = {
-            "window_size": self.window_size != (None, None),
-            "softcap": bool(self.softcap),
-            "kv_range": kv_range is not None,
-        }
-        asked, beside = ([name for name, given in table.items() if given] for table in (needs, only))
+        asked, beside = [name for name, given in needs.items() if given], self._beyond_torch(kv_range)
         if asked and beside:
             hint = "Leave dropout to other layers, or call eval()." if asked == ["dropout"] else ""
             if "key_padding_mask" in asked and "kv_range" not in beside:
                 hint = "Padding on the left or right can be given as kv_range."
             raise UnsupportedError(asked[0], f"{asked[0]} with {' and '.join(beside)}", "one without the other", hint)
+
+    def _beyond_torch(self, kv_range: Any) -> list[str]:
+        """What of this call scaled_dot_product_attention cannot express."""
+        only = {
+            "window_size": self.window_size != (None, None),
+            "softcap": bool(self.softcap),
+            "kv_range": kv_range is not None,
+        }
+        return [name for name, given in only.items() if given]
 
     def _projected(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         """q, k, v with heads * head_dim features each; of one input in one product."""

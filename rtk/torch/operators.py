@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rtk import ops
+from rtk.arrays import library
 from rtk.errors import ArgumentError, UnsupportedError
 from rtk.problem import check_numbers, check_words, window_bounds
 from rtk.torch import backward
@@ -73,18 +74,11 @@ def _fwd(
             kv_range=None if kv_first is None and kv_end is None else (kv_first, kv_end),
             layout="bhsd",
             return_lse=True,
-            out=_result_like(q, v.shape[3]),
+            out=library("torch").result(q, v.shape[3]),
             config=json.loads(config) if config else None,
             batch_invariant=batch_invariant,
             sm_margin=sm_margin,
         )
-
-
-def _result_like(q: Tensor, head_dim_v: int) -> Tensor:
-    """Memory for o: its dimensions lie in the order of q's, so that what was transposed is not copied to go back."""
-    if head_dim_v <= q.shape[3]:
-        return torch.empty_like(q[..., :head_dim_v])
-    return q.new_empty((*q.shape[:3], head_dim_v))
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -92,7 +86,7 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tens
     torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v have four dimensions each")
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((q.shape[0], q.shape[1], q.shape[2]), dtype=lse_dtype)
-    return _result_like(q, v.shape[3]), lse
+    return library("torch").result(q, v.shape[3]), lse
 
 
 _library.impl("attention_fwd", _fwd, "CPU")
@@ -233,22 +227,27 @@ class _TransformableBackward(torch.autograd.Function):  # type: ignore[misc]
 # --- the public function's way in ------------------------------------------------------------------------------------
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+# Names of torch._C: of torch 2.11 and later; what an older one lacks is not asked.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_autocast = getattr(torch._C, "_is_any_autocast_enabled", torch.is_autocast_enabled)
+_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
+
+
+def watched() -> bool:
+    """Whether a mode, a transform, autocast or a trace wants to see what is called."""
+    return bool(
+        _dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0 or _trace() is not None
+    )
+
+
 def needs_dispatcher(*tensors: Any) -> bool:
-    """Whether anything of torch wants to see the call: a gradient, a mode, a transform, autocast, a subclass."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
+    """Whether anything of torch wants to see the call: what watches all calls, a gradient, a subclass."""
+    if torch.compiler.is_compiling() or watched():
         return True
     grad = torch.is_grad_enabled()
-    return any(isinstance(x, Tensor) and ((grad and x.requires_grad) or type(x) not in _PLAIN) for x in tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    return any(isinstance(x, Tensor) and ((grad and x.requires_grad) or type(x) not in PLAIN) for x in tensors)
 
 
 def attention(
@@ -293,7 +292,7 @@ def attention(
         "batch_invariant": batch_invariant,
         "sm_margin": sm_margin,
     }
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _transforms():
         o, lse = _Transformable.apply(options, q, k, v, first, end)
     else:
         o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)

@@ -1,0 +1,216 @@
+"""Calls that were made before: what tells them apart, when they go the long way, and what reaches the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from typing import Any
+
+import pytest
+
+import rtk
+from rtk import autotune, counters, repeats, zeroed
+from rtk.errors import ArgumentError
+
+torch = pytest.importorskip("torch")
+
+from rtk.torch import quick  # noqa: E402
+
+
+class PretendedPlan:
+    """Fills o with the number of its launch, where a kernel would compute; notes what it was given."""
+
+    arrays, device, counts = repeats.ARRAYS, 0, True
+
+    def __init__(self, o_bytes: int) -> None:
+        self.o_bytes, self.seen, self.lock = o_bytes, [], threading.Lock()
+
+    def launch(self, addresses: Any, stream: int, counter: int, *, here: bool) -> None:
+        with self.lock:
+            self.seen.append((addresses, stream, counter, here))
+            number = len(self.seen)
+        ctypes.memset(addresses[3], number % 100, self.o_bytes)
+
+
+KIND = quick.TorchKind()
+OPTIONS = (False, "bottom-right", None, None, 0.0, "bhsd", False, False, 0)
+
+
+def inputs(**changes: Any) -> list[Any]:
+    shape = changes.get("shape", (2, 4, 9, 16))
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(n)).half() for n in range(3)]
+
+
+@pytest.fixture
+def pretended(monkeypatch: Any) -> Any:
+    """torch's CPU tensors said to be on a GPU, as far as a repeated call looks."""
+    words = itertools.count(4096, 4)
+    monkeypatch.setattr(quick, "_device", lambda: 0)
+    monkeypatch.setattr(quick, "_stream", lambda device: 77)
+    monkeypatch.setattr(quick, "_capturing", lambda: False)
+    monkeypatch.setattr(zeroed, "word", lambda device, capturing: next(words))
+    monkeypatch.setattr(repeats, "kinds", {torch.Tensor: KIND})
+    repeats.forget()
+    yield monkeypatch
+    repeats.forget()
+
+
+def known(x: list[Any], options: tuple[Any, ...] = OPTIONS, return_lse: bool = False) -> PretendedPlan:
+    """As if a kernel had served this call once."""
+    plan = PretendedPlan(x[0].nbytes)
+    call = repeats.Known(plan, tuple(x[0].shape), tuple(x[0].shape[:3]), True)  # type: ignore[arg-type]
+    repeats.remember(KIND.key(*x) + options, call)  # type: ignore[operator]
+    return plan
+
+
+def test_a_known_call_is_a_launch_and_nothing_else(pretended: Any) -> None:
+    x = inputs()
+    plan = known(x)
+    before = counters.snapshot()
+    first, second = rtk.attention(*x), rtk.attention(*x)
+    assert (first.view(torch.uint8) == 1).all() and (second.view(torch.uint8) == 2).all(), "memory of its own"
+    assert first.shape == x[0].shape and first.dtype == x[0].dtype
+    (addresses, stream, counter, here), (_, _, other, _) = plan.seen
+    assert addresses == (*(y.data_ptr() for y in x), first.data_ptr(), 0, 0, 0)
+    assert stream == 77 and here and counter != other
+    after = counters.snapshot()
+    assert (after["calls"] - before["calls"], after["launches"] - before["launches"]) == (2, 2)
+    assert after["cpu_calls"] == before["cpu_calls"]
+
+
+def test_other_addresses_and_the_lse(pretended: Any) -> None:
+    x, y = inputs(), inputs()
+    plan = known(x, (*OPTIONS[:6], True, False, 0))
+    o, lse = rtk.attention(*y, return_lse=True)
+    assert plan.seen[0][0] == (*(z.data_ptr() for z in y), o.data_ptr(), lse.data_ptr(), 0, 0)
+    assert lse.shape == (2, 4, 9) and lse.dtype == torch.float32
+
+
+LONG_WAYS: dict[str, Any] = {
+    "causal": {"causal": True},
+    "causal as a number": {"causal": 0},
+    "softcap as a bool": {"softcap": False},
+    "scale": {"softmax_scale": 0.25},
+    "window": {"window_size": (3, 0)},
+    "a list for a window": {"window_size": [None, None]},
+    "lse": {"return_lse": True},
+    "layout": {"layout": "bshd"},
+    "alignment": {"causal_align": "top-left"},
+    "batch-invariant": {"batch_invariant": True},
+    "margin": {"sm_margin": 3},
+    "config": {"config": {"BLOCK_M": 64}},
+    "range": {"kv_range": (None, None)},
+    "out": {"out": True},
+}
+
+
+@pytest.mark.parametrize("what", LONG_WAYS)
+def test_another_option_is_another_call(pretended: Any, what: str) -> None:
+    x = inputs()
+    plan = known(x)
+    options = dict(LONG_WAYS[what])
+    if "out" in options:
+        options["out"] = torch.empty_like(x[0])
+    try:
+        rtk.attention(*x, **options)
+    except ArgumentError:
+        assert what in ("causal as a number", "softcap as a bool")
+    assert not plan.seen
+
+
+def test_another_tensor_is_another_call(pretended: Any) -> None:
+    x = inputs()
+    plan = known(x)
+    q, k, v = x
+    wide = torch.zeros(2, 4, 9, 17).half()
+    masked = wide[..., :16]
+    for others in (
+        (masked, k, v),  # other strides
+        (q.transpose(0, 1).contiguous().transpose(0, 1), k, v),
+        (q[:1], k[:1], v[:1]),
+        (q.bfloat16(), k.bfloat16(), v.bfloat16()),
+        (torch.nn.Parameter(q), k, v),
+    ):
+        rtk.attention(*others)
+    odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    assert odd.data_ptr() % 16
+    rtk.attention(odd, k, v)  # TMA cannot read there
+    assert not plan.seen
+    rtk.attention(q, k, torch.nn.Parameter(v, requires_grad=False))
+    assert len(plan.seen) == 1
+
+
+def test_what_watches_sees_the_call(pretended: Any) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    x = inputs()
+    plan = known(x)
+    with Watch():
+        rtk.attention(*x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert rtk.attention(*x).dtype == torch.bfloat16
+    torch.vmap(lambda q: rtk.attention(q, x[1], x[2]))(x[0][None])
+    y = [z.clone().requires_grad_() for z in x]
+    assert rtk.attention(*y).requires_grad
+    torch.compile(lambda *z: rtk.attention(*z), fullgraph=True, backend="eager")(*x)
+    with rtk.record_shapes():
+        rtk.attention(*x)
+    assert not plan.seen
+    with torch.no_grad():
+        rtk.attention(*y)
+    assert len(plan.seen) == 1
+
+
+def test_another_device_or_another_choice(pretended: Any) -> None:
+    x = inputs()
+    plan = known(x)
+    pretended.setattr(quick, "_device", lambda: 1)
+    rtk.attention(*x)
+    pretended.setattr(quick, "_device", lambda: 0)
+    with autotune.using("off"):
+        rtk.attention(*x)
+    assert not plan.seen
+    rtk.attention(*x)
+    assert not plan.seen, "prepared before a mode came and went: made anew by the long way"
+    plan = known(x)
+    rtk.attention(*x)
+    assert plan.seen
+
+
+def test_many_threads(pretended: Any) -> None:
+    shapes = [(1, 2, n, 16) for n in range(3, 11)]
+    plans = {shape: known(inputs(shape=shape)) for shape in shapes}
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        x = {shape: inputs(shape=shape) for shape in shapes}
+        for turn in range(200):
+            shape = shapes[(number + turn) % len(shapes)]
+            o = rtk.attention(*x[shape])
+            if o.shape != shape or not (o.view(torch.uint8) == o.view(torch.uint8).flatten()[0]).all():
+                wrong.append(shape)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    before = counters.snapshot()["launches"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and sum(len(plan.seen) for plan in plans.values()) == 1600
+    assert counters.snapshot()["launches"] == before + 1600
+    seen = [counter for plan in plans.values() for _, _, counter, _ in plan.seen]
+    assert len(set(seen)) == len(seen), "no two launches share a word"
+
+
+def test_the_table_is_bounded(pretended: Any, monkeypatch: Any) -> None:
+    from rtk.launch import Recent
+
+    monkeypatch.setattr(repeats, "_known", Recent(8))
+    for n in range(3, 40):
+        known(inputs(shape=(1, 2, n, 16)))
+    assert len(repeats._known) <= 8
