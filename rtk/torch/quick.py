@@ -24,8 +24,8 @@ class TorchKind:
             return None
         if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
             return None
-        # (A tensor that is negated only when read is the imaginary part of a complex one: its rows have gaps, and a call
-        # with such rows is never remembered.)
+        # (A tensor that is negated when read is the imaginary part of a complex one: its rows have gaps, and a call with
+        # such rows is never remembered.)
         try:
             return (
                 q.shape, q.stride(), q.dtype, q.get_device(),
