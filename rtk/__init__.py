@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rtk import torch as torch
     from rtk.api import attention as attention
     from rtk.api import flash_attn_func as flash_attn_func
+    from rtk.api import plan as plan
     from rtk.api import stats as stats
     from rtk.arrays import View as View
     from rtk.autotune.choice import freeze as freeze
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 _HOME: dict[str, str | None] = {
     "attention": "rtk.api",
     "flash_attn_func": "rtk.api",
+    "plan": "rtk.api",
     "stats": "rtk.api",
     "autotune": None,
     "errors": None,
@@ -87,6 +89,7 @@ __all__ = [
     "errors",
     "flash_attn_func",
     "freeze",
+    "plan",
     "record_shapes",
     "run",
     "stats",

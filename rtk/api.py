@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rtk import counters, ops, repeats
+
+if TYPE_CHECKING:
+    from rtk.held import AttentionPlan
 
 
 def attention(
@@ -145,6 +148,47 @@ def flash_attn_func(
         layout="bshd",
         return_lse=return_lse,
     )
+
+
+def plan(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    causal_align: str = "bottom-right",
+    window_size: tuple[int | None, int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    config: Any = None,
+    batch_invariant: bool = False,
+    sm_margin: int = 0,
+) -> AttentionPlan:
+    """A call of `attention` with these options, prepared for arrays that lie as q, k and v do; nothing is launched.
+
+    `p = rtk.plan(q, k, v, causal=True)`, then `p(q, k, v)` or `p(q, k, v, out)` with those or other arrays of the same
+    shapes, strides, dtype and device, as often as one likes: the cheapest call there is. p trusts what it is given;
+    `p(q, k, v, out, check=True)` looks first.
+
+    Raises what `attention` raises, and UnsupportedError for arrays that TMA cannot read in place.
+    """
+    from rtk.held import AttentionPlan
+
+    options = {
+        "causal": causal,
+        "causal_align": causal_align,
+        "window_size": window_size,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "layout": layout,
+        "return_lse": return_lse,
+        "config": config,
+        "batch_invariant": batch_invariant,
+        "sm_margin": sm_margin,
+    }
+    return AttentionPlan(q, k, v, options)
 
 
 def stats() -> dict[str, int]:

@@ -87,6 +87,38 @@ def attention_fwd(
     return _on_gpu(operands, problem, bounds, out, layout, return_lse, choices, remember_as)
 
 
+def prepare(q: Any, k: Any, v: Any, *, layout: str, return_lse: bool, **options: Any) -> repeats.Known | None:
+    """What a call with such arrays takes to be repeated; None where there is nothing to launch."""
+    if not is_bool(return_lse):
+        raise ArgumentError("return_lse", return_lse, "True or False")
+    choices = _Choices(*(options.pop(name) for name in ("config", "batch_invariant", "sm_margin")))
+    library = arrays.library_of(q)
+    assert library is not None
+    for name, array in (("k", k), ("v", v)):
+        if arrays.library_of(array) is not library:
+            received = f"an object of type {type(array).__name__}"
+            raise ArgumentError(name, received, f"an array of {library.name}, as q is")
+    operands = Operands(library, q, k, v)
+    options["window_size"] = window_bounds(options["window_size"])
+    problem = _checked_problem(operands, {**options, "layout": layout})
+    _check_choices(problem, choices)
+    device = operands.q.device
+    if device is None or problem.is_empty:
+        return None
+    _check_gpu(problem, device, choices.sm_margin)
+    for name, view in zip("qkv", operands.views, strict=True):
+        if not tma.expressible(view.pointer, view.shape, view.strides):
+            accepted = "addresses and strides of 16 bytes, and rows without gaps"
+            raise UnsupportedError(name, f"strides {view.strides} at address {view.pointer:#x}", accepted, "Copy it.")
+    out = library.view(library.result(q, problem.head_dim_v), "out")
+    return _known(problem, _plan(problem, operands, out, layout, choices), layout)
+
+
+def _known(problem: AttentionProblem, plan: Plan, layout: str) -> repeats.Known:
+    like_q = problem.head_dim_v == problem.head_dim
+    return repeats.Known(plan, to_bhsd(problem.o_shape, layout), problem.lse_shape, like_q)
+
+
 @dataclass(frozen=True)
 class _Choices:
     """What steers a launch and not its result's meaning, as received."""
@@ -182,9 +214,7 @@ def _on_gpu(
     if remember_as is not None and in_place and out is None and library.name in ("torch", "cupy"):
         if type(operands.arrays[0]) not in repeats.kinds:
             repeats.learn(library)
-        like_q = problem.head_dim_v == problem.head_dim
-        known = repeats.Known(plan, to_bhsd(problem.o_shape, layout), problem.lse_shape, like_q)
-        repeats.remember(remember_as, known)
+        repeats.remember(remember_as, _known(problem, plan, layout))
     if out is not None and target is not out:
         library.keep_for_graph(target)
         library.assign(out, target)

@@ -15,7 +15,7 @@ from rtk.autotune import choice, recording
 from rtk.launch import PLANS_REMEMBERED, Plan, Recent
 
 ARRAYS = ("q", "k", "v", "o", "lse", "kv_first", "kv_end")  # whose addresses a launch takes
-_MISALIGNED = 15  # TMA reads from multiples of 16 bytes
+ALIGNMENT = 16  # TMA reads from multiples of so many bytes
 
 
 class Known:
@@ -38,6 +38,9 @@ class Kind(Protocol):
 
     def call(self, known: Known, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
         """The call's result; None where it is to go the long way."""
+
+    def run(self, known: Known, q: Any, k: Any, v: Any, out: Any, lse: Any, return_lse: bool) -> Any:
+        """The call's result, in new memory where `out` or `lse` is None; all is trusted."""
 
 
 kinds: dict[type, Kind] = {}  # by the exact type of q; a library's comes in with its first call on a GPU
@@ -95,13 +98,20 @@ def forget() -> None:
 
 def learn(library: Any) -> None:
     """From now on calls with this library's arrays may be repeated."""
+    kind = kind_of(library)
+    if library.name == "torch":
+        kinds.update(dict.fromkeys((library.torch.Tensor, library.torch.nn.Parameter), kind))
+    else:
+        kinds[library.cupy.ndarray] = kind
+
+
+def kind_of(library: Any) -> Kind:
+    """The kind of torch's arrays, or of CuPy's."""
     if library.name == "torch":
         from rtk.torch.quick import TorchKind
 
-        kind: Kind = TorchKind()
-        kinds.update(dict.fromkeys((library.torch.Tensor, library.torch.nn.Parameter), kind))
-    elif library.name == "cupy":
-        kinds[library.cupy.ndarray] = CupyKind(library.cupy)
+        return TorchKind()
+    return CupyKind(library.cupy)
 
 
 class CupyKind:
@@ -119,14 +129,18 @@ class CupyKind:
 
     def call(self, known: Known, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
         q_at, k_at, v_at = q.data.ptr, k.data.ptr, v.data.ptr
-        if (q_at | k_at | v_at) & _MISALIGNED or self._device() != known.device:
+        if (q_at | k_at | v_at) % ALIGNMENT or self._device() != known.device:
             return None
-        stream = self._stream().ptr
-        plan = known.plan
-        o = self._ndarray(known.o_shape, q.dtype)
-        lse = self._ndarray(known.lse_shape, self._float32) if return_lse else None
+        return self.run(known, q, k, v, None, None, return_lse)
+
+    def run(self, known: Known, q: Any, k: Any, v: Any, out: Any, lse: Any, return_lse: bool) -> Any:
+        plan, stream, here = known.plan, self._stream().ptr, self._device() == known.device
+        if out is None:
+            out = self._ndarray(known.o_shape, q.dtype)
+        if return_lse and lse is None:
+            lse = self._ndarray(known.lse_shape, self._float32)
         counter = zeroed.word(known.device, stream != 0 and driver.is_capturing(stream)) if plan.counts else None
-        addresses = (q_at, k_at, v_at, o.data.ptr, 0 if lse is None else lse.data.ptr, 0, 0)
-        plan.launch(addresses, stream, counter, here=True)
+        lse_at = lse.data.ptr if return_lse else 0
+        plan.launch((q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_at, 0, 0), stream, counter, here=here)
         counters.count_repeat()
-        return o if lse is None else (o, lse)
+        return (out, lse) if return_lse else out

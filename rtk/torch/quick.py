@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtk import counters, zeroed
 from rtk.arrays import library
-from rtk.repeats import _MISALIGNED, Known
+from rtk.repeats import ALIGNMENT, Known
 from rtk.torch.operators import PLAIN, watched
 
 _library = library("torch")
@@ -24,8 +24,8 @@ class TorchKind:
             return None
         if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
             return None
-        # (A tensor that is negated when read is the imaginary part of a complex one: its rows have gaps, and a call with
-        # such rows is never remembered.)
+        # (What is negated when read is the imaginary part of a complex tensor: its rows have gaps, and a call with such
+        # rows is never remembered.)
         try:
             return (
                 q.shape, q.stride(), q.dtype, q.get_device(),
@@ -37,14 +37,19 @@ class TorchKind:
 
     def call(self, known: Known, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
         q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        device = known.device
-        if (q_at | k_at | v_at) & _MISALIGNED or not (q_at and k_at and v_at) or _device() != device:
+        if (q_at | k_at | v_at) % ALIGNMENT or not (q_at and k_at and v_at) or _device() != known.device:
             return None
-        o = torch.empty_like(q) if known.like_q else _library.result(q, known.o_shape[3])
-        lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device) if return_lse else None
-        plan = known.plan
+        return self.run(known, q, k, v, None, None, return_lse)
+
+    def run(self, known: Known, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, return_lse: bool) -> Any:
+        plan, device = known.plan, known.device
+        if out is None:
+            out = torch.empty_like(q) if known.like_q else _library.result(q, known.o_shape[3])
+        if return_lse and lse is None:
+            lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device)
         counter = zeroed.word(device, _capturing()) if plan.counts else None
-        addresses = (q_at, k_at, v_at, o.data_ptr(), 0 if lse is None else lse.data_ptr(), 0, 0)
-        plan.launch(addresses, _stream(device), counter, here=True)
+        lse_at = lse.data_ptr() if return_lse else 0
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_at, 0, 0)
+        plan.launch(addresses, _stream(device), counter, here=_device() == device)
         counters.count_repeat()
-        return o if lse is None else (o, lse)
+        return (out, lse) if return_lse else out
