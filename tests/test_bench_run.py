@@ -137,6 +137,33 @@ def test_a_record_has_every_key_null_where_it_does_not_apply():
     assert found["us"] is None and found["floor_us"] is None
 
 
+def test_cold_starts_are_medians_each_with_caches_of_its_own(monkeypatch):
+    from rtk.benchmarks import coldstart
+
+    ran, clock = [], [0.0]
+
+    def in_new_process(op, impl, problem, folder):
+        ran.append((impl, str(folder)))
+        clock[0] += {"slow": 20.0, "quick": 1.0, "broken": 1.0}[impl]
+        if impl == "broken" and len(ran) > 5:
+            raise coldstart.Failed("no")
+        cold = not (folder / "cache").exists()
+        (folder / "cache").touch()
+        taken = [5.0, 0.2, 9.0, 6.0][len(ran) % 4] if cold else 0.5
+        return {"first_call_ms": taken, "build_ms": taken / 2, "problems": []}
+
+    monkeypatch.setattr(coldstart, "in_new_process", in_new_process)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    cell = Cell("attention_fwd", shapes.parse("hq=1,sq=8,d=8"))
+    bench = measure.Bench("coldstart", dict.fromkeys(("quick", "slow", "broken")), 1, 1 << 20)
+    quick, slow, broken = measure.coldstart(cell, bench)
+    assert [impl for impl, _ in ran][:6] == ["quick"] * 4 + ["slow"] * 2
+    assert len({folder for impl, folder in ran if impl == "quick"}) == 3
+    assert (quick["rounds"], quick["first_call_ms"], quick["compile_ms"]) == (3, 5.0, 2.5)
+    assert (quick["disk_call_ms"], quick["load_ms"], quick["problems"]) == (0.5, 0.25, [])
+    assert slow["rounds"] == 1 and broken["error"] == "no" and "first_call_ms" not in broken
+
+
 def test_shares_and_floors_are_of_the_runs_own_ceilings():
     meta = meta_of(ceilings={"bf16_tflops": 700.0, "copy_gbps": 4000.0}, device={"sm_count": 132, "max_sm_mhz": 1980})
     cell = Cell("attention_fwd", shapes.parse("b=2,hq=16,sq=8192,d=128"))
