@@ -150,14 +150,14 @@ def test_import_alone_imports_nothing():
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.16.1"])
 def test_too_old(monkeypatch, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     with pytest.raises(ToolchainError, match=rf"5\.17 or newer, and {version}"):
         integration.register()
 
 
 @pytest.mark.parametrize("version", ["5.17.0", "5.18.0.dev0", "6.0.0rc1"])
 def test_new_enough(monkeypatch, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     integration.register()
 
 
