@@ -111,12 +111,13 @@ def prepare(q: Any, k: Any, v: Any, *, layout: str, return_lse: bool, **options:
             accepted = "addresses and strides of 16 bytes, and rows without gaps"
             raise UnsupportedError(name, f"strides {view.strides} at address {view.pointer:#x}", accepted, "Copy it.")
     out = library.view(library.result(q, problem.head_dim_v), "out")
-    return _known(problem, _plan(problem, operands, out, layout, choices), layout)
+    stamp = choice.stamp()
+    return _known(problem, _plan(problem, operands, out, layout, choices), layout, stamp)
 
 
-def _known(problem: AttentionProblem, plan: Plan, layout: str) -> repeats.Known:
+def _known(problem: AttentionProblem, plan: Plan, layout: str, stamp: object) -> repeats.Known:
     like_q = problem.head_dim_v == problem.head_dim
-    return repeats.Known(plan, to_bhsd(problem.o_shape, layout), problem.lse_shape, like_q)
+    return repeats.Known(plan, to_bhsd(problem.o_shape, layout), problem.lse_shape, like_q, stamp)
 
 
 @dataclass(frozen=True)
@@ -208,13 +209,14 @@ def _on_gpu(
     lse = library.empty(problem.lse_shape, "float32", device) if return_lse else None
     target_view = library.view(target, "out")
     recording.seen(problem)
+    stamp = choice.stamp()  # a choice that comes in from here on is another one
     plan = _plan(problem, operands, target_view, layout, choices)
     lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
     plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer, *bounds))
     if remember_as is not None and in_place and out is None and library.name in ("torch", "cupy"):
         if type(operands.arrays[0]) not in repeats.kinds:
             repeats.learn(library)
-        repeats.remember(remember_as, _known(problem, plan, layout))
+        repeats.remember(remember_as, _known(problem, plan, layout, stamp))
     if out is not None and target is not out:
         library.keep_for_graph(target)
         library.assign(out, target)

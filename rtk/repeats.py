@@ -23,11 +23,13 @@ class Known:
 
     __slots__ = ("device", "like_q", "lse_shape", "o_shape", "plan", "stamp")
 
-    def __init__(self, plan: Plan, o_shape: tuple[int, ...], lse_shape: tuple[int, ...], like_q: bool) -> None:
+    def __init__(
+        self, plan: Plan, o_shape: tuple[int, ...], lse_shape: tuple[int, ...], like_q: bool, stamp: object
+    ) -> None:
         assert plan.arrays == ARRAYS
         self.plan, self.device = plan, plan.device
         self.o_shape, self.lse_shape, self.like_q = o_shape, lse_shape, like_q
-        self.stamp = choice.stamp()
+        self.stamp = stamp  # choice.stamp() from before the plan was chosen
 
 
 class Kind(Protocol):
@@ -120,6 +122,7 @@ class CupyKind:
         self._float32 = cupy.dtype("float32")
         self._device = cupy.cuda.runtime.getDevice
         self._stream = cupy.cuda.get_current_stream
+        self._on = cupy.cuda.Device
 
     def key(self, q: Any, k: Any, v: Any) -> tuple[Any, ...] | None:
         if type(k) is not self._ndarray or type(v) is not self._ndarray:
@@ -134,13 +137,17 @@ class CupyKind:
         return self.run(known, q, k, v, None, None, return_lse)
 
     def run(self, known: Known, q: Any, k: Any, v: Any, out: Any, lse: Any, return_lse: bool) -> Any:
-        plan, stream, here = known.plan, self._stream().ptr, self._device() == known.device
+        plan, here = known.plan, self._device() == known.device
+        if not here:
+            with self._on(known.device):
+                return self.run(known, q, k, v, out, lse, return_lse)
+        stream = self._stream().ptr
         if out is None:
             out = self._ndarray(known.o_shape, q.dtype)
         if return_lse and lse is None:
             lse = self._ndarray(known.lse_shape, self._float32)
         counter = zeroed.word(known.device, stream != 0 and driver.is_capturing(stream)) if plan.counts else None
         lse_at = lse.data.ptr if return_lse else 0
-        plan.launch((q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_at, 0, 0), stream, counter, here=here)
+        plan.launch((q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_at, 0, 0), stream, counter, here=True)
         counters.count_repeat()
         return (out, lse) if return_lse else out

@@ -73,7 +73,7 @@ def test_a_launch_gets_the_addresses(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(quick, "_device", lambda: 0)
     monkeypatch.setattr(quick, "_stream", lambda device: 5)
-    known = repeats.Known(Plan(), (2, 4, 9, 16), (2, 4, 9), True)  # type: ignore[arg-type]
+    known = repeats.Known(Plan(), (2, 4, 9, 16), (2, 4, 9), True, None)  # type: ignore[arg-type]
     monkeypatch.setattr(held.ops, "prepare", lambda *_, **__: known)
     q, k, v = (torch.from_numpy(x).half() for x in inputs())
     plan = rtk.plan(q, k, v, return_lse=True)

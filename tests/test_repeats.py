@@ -11,6 +11,7 @@ import pytest
 
 import rtk
 from rtk import autotune, counters, repeats, zeroed
+from rtk.autotune import choice
 from rtk.errors import ArgumentError
 
 torch = pytest.importorskip("torch")
@@ -59,7 +60,7 @@ def pretended(monkeypatch: Any) -> Any:
 def known(x: list[Any], options: tuple[Any, ...] = OPTIONS, return_lse: bool = False) -> PretendedPlan:
     """As if a kernel had served this call once."""
     plan = PretendedPlan(x[0].nbytes)
-    call = repeats.Known(plan, tuple(x[0].shape), tuple(x[0].shape[:3]), True)  # type: ignore[arg-type]
+    call = repeats.Known(plan, tuple(x[0].shape), tuple(x[0].shape[:3]), True, choice.stamp())  # type: ignore[arg-type]
     repeats.remember(KIND.key(*x) + options, call)  # type: ignore[operator]
     return plan
 

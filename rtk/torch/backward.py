@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 Grads = tuple[Tensor, Tensor, Tensor]
+_MOST_BLOCKS = 65535  # of a grid's second and third dimension
 _CHUNK_BYTES = 1 << 27  # of scores that are in memory at a time, whatever the lengths
 
 
@@ -70,8 +71,11 @@ def attention_bwd(
 ) -> Grads:
     """(dq, dk, dv), laid out as empty_like(q), (k), (v) are."""
     scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    for side in ("window_left", "window_right"):  # a bound that no pair can pass is none
+        bound = options.get(side)
+        options[side] = None if bound is None or bound >= q.shape[2] + k.shape[2] else bound
     saved = Saved(grad_o, grad_lse, q, k, v, o, lse, kv_first, kv_end, scale, **options)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         serve = next(route for serves, route in routes if serves(saved))
         grads = serve(saved)
         return tuple(_laid_out_as(x, grad) for x, grad in zip((q, k, v), grads, strict=True))
@@ -92,6 +96,8 @@ def _flash_serves(saved: Saved) -> bool:
     """What FlashAttention-2's kernels can express: one head_dim, bottom-right masks, no softcap, range or d(lse)."""
     q, k, v = saved.q, saved.k, saved.v
     masked = saved.right is not None or saved.window_left is not None
+    # With more queries than keys they read bounds of a window otherwise than we do, but for one of 0 on the right.
+    unlike_ours = q.shape[2] > k.shape[2] and masked and saved.right != 0
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -102,14 +108,24 @@ def _flash_serves(saved: Saved) -> bool:
         and saved.kv_first is None
         and saved.kv_end is None
         and (not masked or not saved.top_left or q.shape[2] == k.shape[2])
+        and not unlike_ours
+        and max(q.shape[:2]) <= _MOST_BLOCKS
         and 0 not in (*q.shape, *k.shape)
+        and _implementation() in (None, "RTK")
     )
+
+
+def _implementation() -> str | None:
+    """Who serves torch's FlashAttention operators: None for torch's own kernels."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    name: str | None = None if current is None else current()
+    return name
 
 
 def _flash(saved: Saved) -> Grads:
     # (batch, seqlen, heads, head_dim) there. Nothing was dropped, so nothing is read of the random state.
     here = (saved.q, saved.k, saved.v, saved.o, saved.grad_o)
-    q, k, v, o, grad_o = (_rows_contiguous(x.transpose(1, 2)) for x in here)
+    q, k, v, o, grad_o = (_readable(x.transpose(1, 2)) for x in here)
     # A row without keys has lse = -inf here; +inf makes its probabilities zero there.
     lse = torch.where(saved.lse == -math.inf, math.inf, saved.lse)
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
@@ -125,8 +141,12 @@ def _flash(saved: Saved) -> Grads:
     return tuple(x.transpose(1, 2) for x in grads)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x where rows lie so that 16 bytes can be read at once, else a copy."""
+    aligned = x.data_ptr() % 16 == 0 and all(
+        stride % 8 == 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1
+    )
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 # --- any call, in chunks of rows -------------------------------------------------------------------------------------
@@ -135,41 +155,42 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 def _chunked(saved: Saved) -> Grads:
     """In float32 (float64 of float64), for as many heads and rows at a time as _CHUNK_BYTES of scores allow."""
     wide = torch.float64 if saved.q.dtype == torch.float64 else torch.float32
-    heads_kv, group = saved.k.shape[1], saved.q.shape[1] // max(saved.k.shape[1], 1)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (saved.q, saved.k, saved.v))
     if not (saved.q.numel() and saved.k.numel()):
-        return dq, dk, dv
-    # The query heads that share a head of k and v stand together: (batch, heads_kv, group, seqlen, head_dim).
-    q, o, grad_o, grad_q = (x.unflatten(1, (heads_kv, group)) for x in (saved.q, saved.o, saved.grad_o, dq))
-    lse, grad_lse = (None if x is None else x.unflatten(1, (heads_kv, group)) for x in (saved.lse, saved.grad_lse))
-    for batch, head, rows in _chunks(saved, group):
-        here = (batch, head, slice(None), rows)
-        k, v = (x[batch, head].to(wide) for x in (saved.k, saved.v))
-        q_rows, o_rows, do_rows = (x[here].to(wide) for x in (q, o, grad_o))
-        assert lse is not None
-        scores, slope = _scores(saved, q_rows @ k.mT)
-        lse_rows = lse[here][..., None].to(wide)
-        seen = _visible(saved, batch, rows) & (lse_rows != -math.inf)
+        return tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (saved.q, saved.k, saved.v))
+    batch, heads_kv = saved.k.shape[:2]
+    # (batch * heads_kv, query heads that share it, seqlen_q, head_dim), and without the second for k and v
+    q, o, grad_o = (x.unflatten(1, (heads_kv, -1)).flatten(0, 1) for x in (saved.q, saved.o, saved.grad_o))
+    lse = saved.lse.unflatten(1, (heads_kv, -1)).flatten(0, 1)
+    grad_lse = None if saved.grad_lse is None else saved.grad_lse.unflatten(1, (heads_kv, -1)).flatten(0, 1)
+    k, v = saved.k.flatten(0, 1), saved.v.flatten(0, 1)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    for heads, rows in _chunks(q, k):
+        keys, values = (x[heads, None].to(wide) for x in (k, v))
+        q_rows, o_rows, do_rows = (x[heads, :, rows].to(wide) for x in (q, o, grad_o))
+        lse_rows = lse[heads, :, rows, None].to(wide)
+        scores, slope = _scores(saved, q_rows @ keys.mT)
+        seen = _visible(saved, heads, rows) & (lse_rows != -math.inf)
         p = torch.where(seen, torch.exp(scores - lse_rows), 0.0)
         delta = (do_rows * o_rows).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta = delta - grad_lse[here][..., None].to(wide)
-        ds = p * (do_rows @ v.mT - delta) * slope * saved.softmax_scale
-        grad_q[here] = ds @ k
-        dk[batch, head] += (ds.mT @ q_rows).sum(0)
-        dv[batch, head] += (p.mT @ do_rows).sum(0)
-    return dq, dk, dv
+            delta = delta - grad_lse[heads, :, rows, None].to(wide)
+        ds = p * (do_rows @ values.mT - delta) * slope * saved.softmax_scale
+        dq[heads, :, rows] = ds @ keys
+        dk[heads] += (ds.mT @ q_rows).sum(1)
+        dv[heads] += (p.mT @ do_rows).sum(1)
+    grad_q = dq.unflatten(0, (batch, heads_kv)).flatten(1, 2)
+    return grad_q, dk.unflatten(0, (batch, heads_kv)), dv.unflatten(0, (batch, heads_kv))
 
 
-def _chunks(saved: Saved, group: int) -> Iterator[tuple[int, int, slice]]:
-    """(sequence, head of k and v, rows): so many rows that their scores take _CHUNK_BYTES."""
-    batch, heads_kv, seqlen_k, _ = saved.k.shape
-    seqlen_q = saved.q.shape[2]
-    rows = min(seqlen_q, max(16, _CHUNK_BYTES // (4 * group * seqlen_k)))
-    for b in range(batch):
-        for head in range(heads_kv):
-            for start in range(0, seqlen_q, rows):
-                yield b, head, slice(start, min(start + rows, seqlen_q))
+def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(heads of k and v, of all sequences; rows of q): so many that their scores take _CHUNK_BYTES."""
+    heads_total, group, seqlen_q, _ = q.shape
+    row_bytes = 4 * group * k.shape[1]
+    rows = min(seqlen_q, max(16, _CHUNK_BYTES // row_bytes))
+    heads = min(heads_total, max(1, _CHUNK_BYTES // (row_bytes * rows)))
+    for head in range(0, heads_total, heads):
+        for row in range(0, seqlen_q, rows):
+            yield slice(head, min(head + heads, heads_total)), slice(row, min(row + rows, seqlen_q))
 
 
 def _scores(saved: Saved, products: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -181,20 +202,21 @@ def _scores(saved: Saved, products: Tensor) -> tuple[Tensor, Tensor | float]:
     return relative * saved.softcap, 1 - relative * relative
 
 
-def _visible(saved: Saved, batch: int, rows: slice) -> Tensor:
-    """(rows, seqlen_k) bool."""
+def _visible(saved: Saved, heads: slice, rows: slice) -> Tensor:
+    """(heads or 1, 1, rows, seqlen_k) bool; heads of k and v, of all sequences."""
     device = saved.k.device
     key = torch.arange(saved.k.shape[2], device=device)
     place = torch.arange(rows.start, rows.stop, device=device)[:, None] + saved.diagonal
-    seen = torch.ones((rows.stop - rows.start, len(key)), dtype=torch.bool, device=device)
+    seen = torch.ones((1, 1, rows.stop - rows.start, len(key)), dtype=torch.bool, device=device)
     if saved.window_left is not None:
-        seen &= place - key <= saved.window_left
+        seen = seen & (place - key <= saved.window_left)
     if saved.right is not None:
-        seen &= key - place <= saved.right
+        seen = seen & (key - place <= saved.right)
+    of_sequence = torch.arange(heads.start, heads.stop, device=device) // saved.k.shape[1]
     if saved.kv_first is not None:
-        seen &= key >= saved.kv_first[batch]
+        seen = seen & (key >= saved.kv_first[of_sequence][:, None, None, None])
     if saved.kv_end is not None:
-        seen &= key < saved.kv_end[batch]
+        seen = seen & (key < saved.kv_end[of_sequence][:, None, None, None])
     return seen
 
 

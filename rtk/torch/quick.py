@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtk import counters, zeroed
+from rtk import counters, driver, zeroed
 from rtk.arrays import library
 from rtk.repeats import ALIGNMENT, Known
 from rtk.torch.operators import PLAIN, watched
@@ -24,8 +24,8 @@ class TorchKind:
             return None
         if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
             return None
-        # (What is negated when read is the imaginary part of a complex tensor: its rows have gaps, and a call with such
-        # rows is never remembered.)
+        # (Tensors that are negated when read have rows with gaps, and a call with such rows is never remembered; but for
+        # views that as_strided makes of them.)
         try:
             return (
                 q.shape, q.stride(), q.dtype, q.get_device(),
@@ -47,9 +47,11 @@ class TorchKind:
             out = torch.empty_like(q) if known.like_q else _library.result(q, known.o_shape[3])
         if return_lse and lse is None:
             lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device)
-        counter = zeroed.word(device, _capturing()) if plan.counts else None
+        stream, here = _stream(device), _device() == device
+        capturing = _capturing() if here else driver.is_capturing(stream)
+        counter = zeroed.word(device, capturing) if plan.counts else None
         lse_at = lse.data_ptr() if return_lse else 0
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_at, 0, 0)
-        plan.launch(addresses, _stream(device), counter, here=_device() == device)
+        plan.launch(addresses, stream, counter, here=here)
         counters.count_repeat()
         return (out, lse) if return_lse else out
