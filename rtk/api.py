@@ -78,7 +78,8 @@ def attention(
         ToolchainError: NVRTC, CuPy or the driver is missing; `rtk doctor` says what to install.
     """
     torch, key = sys.modules.get("torch"), None
-    if torch is None or not torch.compiler.is_compiling():
+    compiler = getattr(torch, "compiler", None)  # not there where torch is only half imported
+    if compiler is None or not compiler.is_compiling():
         kind = repeats.kinds.get(type(q))
         if kind is not None and out is None and kv_range is None and config is None:
             meaning = (causal, causal_align, window_size, softmax_scale, softcap, layout)

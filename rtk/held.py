@@ -7,6 +7,7 @@ from typing import Any
 from rtk import arrays, ops, repeats
 from rtk.errors import ArgumentError
 from rtk.operands import view_of
+from rtk.problem import to_bhsd
 
 
 class AttentionPlan:
@@ -27,8 +28,14 @@ class AttentionPlan:
         self._like = {name: _place(library.view(x, name)) for name, x in (("q", q), ("k", k), ("v", v))}
         if self._known is not None:
             self._kind = repeats.kind_of(library)
-            o = library.result(q, v.shape[-1])
-            self._like["out"] = _place(library.view(o, "out"))
+        self._like["out"] = _place(library.view(library.result(q, v.shape[-1]), "out"))
+        self._like["lse"] = self._place_of_lse()
+
+    def _place_of_lse(self) -> tuple[Any, ...]:
+        """(batch, heads, seqlen_q) without gaps."""
+        shape, _, dtype, device = self._like["q"]
+        batch, heads, rows, _ = to_bhsd(shape, self._options["layout"])
+        return (batch, heads, rows), (heads * rows, rows, 1), "float64" if dtype == "float64" else "float32", device
 
     def __call__(self, q: Any, k: Any, v: Any, out: Any = None, lse: Any = None, *, check: bool = False) -> Any:
         """The result of the call, as rtk.attention returns it, on the caller's current stream.
@@ -40,16 +47,22 @@ class AttentionPlan:
             lse: the same for the log-sum-exp, float32, of a plan with return_lse.
             check: look at the arrays first, and raise ArgumentError where one is not what the plan was made for.
         """
+        if lse is not None and not self._return_lse:
+            raise ArgumentError("lse", "an array", "None, of a plan without return_lse")
         if check:
-            self._check(q, k, v, out)
+            self._check(q, k, v, out, lse)
         if self._known is None:  # on the CPU, or without elements: there is nothing to prepare
             from rtk import api
 
-            return api.attention(q, k, v, **self._options, out=out)
+            result = api.attention(q, k, v, **self._options, out=out)
+            if lse is not None:
+                self._library.assign(lse, result[1])
+                result = result[0], lse
+            return result
         return self._kind.run(self._known, q, k, v, out, lse, self._return_lse)
 
-    def _check(self, q: Any, k: Any, v: Any, out: Any) -> None:
-        given = {"q": q, "k": k, "v": v} | ({} if out is None or self._known is None else {"out": out})
+    def _check(self, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
+        given = {"q": q, "k": k, "v": v} | {name: x for name, x in (("out", out), ("lse", lse)) if x is not None}
         for name, x in given.items():
             if arrays.library_of(x) is not self._library:
                 accepted = f"an array of {self._library.name}, as the plan was made for"

@@ -19,6 +19,7 @@ from rtk.operands import Operands, check_out, check_room
 from rtk.problem import AttentionProblem, attention_problem, is_bool, is_integer, to_bhsd, window_bounds
 
 GPU_DTYPES = ("float16", "bfloat16")
+_CONFIGS = "None, an AttentionFwdConfig, or a dict of some of its fields such as {'BLOCK_M': 128, 'BLOCK_N': 96}"
 _GREATEST_SOFTCAP = 1000.0  # beyond, tanh in float32 loses more of a score than float16 can tell
 
 _problem = functools.lru_cache(maxsize=PLANS_REMEMBERED, typed=True)(attention_problem)
@@ -56,8 +57,7 @@ def attention_fwd(
         "softcap": softcap,
         "layout": layout,
     }
-    if not is_bool(return_lse):
-        raise ArgumentError("return_lse", return_lse, "True or False")
+    check_steering(return_lse, config, batch_invariant, sm_margin)
     choices = _Choices(config, batch_invariant, sm_margin)
     library = arrays.library_of(q)
     if library is None:
@@ -89,9 +89,8 @@ def attention_fwd(
 
 def prepare(q: Any, k: Any, v: Any, *, layout: str, return_lse: bool, **options: Any) -> repeats.Known | None:
     """What a call with such arrays takes to be repeated; None where there is nothing to launch."""
-    if not is_bool(return_lse):
-        raise ArgumentError("return_lse", return_lse, "True or False")
     choices = _Choices(*(options.pop(name) for name in ("config", "batch_invariant", "sm_margin")))
+    check_steering(return_lse, choices.config, choices.batch_invariant, choices.sm_margin)
     library = arrays.library_of(q)
     assert library is not None
     for name, array in (("k", k), ("v", v)):
@@ -142,26 +141,32 @@ def _checked_problem(operands: Operands, options: Mapping[str, Any]) -> Attentio
         return attention_problem(*shapes, **options)
 
 
+def check_steering(return_lse: Any, config: Any, batch_invariant: Any, sm_margin: Any) -> None:
+    """Checks what does not change a result's meaning, by itself."""
+    if not is_bool(return_lse):
+        raise ArgumentError("return_lse", return_lse, "True or False")
+    if not is_integer(sm_margin) or sm_margin < 0:
+        raise ArgumentError("sm_margin", sm_margin, "an integer of at least 0: multiprocessors to leave free")
+    if not is_bool(batch_invariant):
+        raise ArgumentError("batch_invariant", batch_invariant, "True or False")
+    if config is not None and not isinstance(config, (Mapping, AttentionFwdConfig)):
+        raise ArgumentError("config", config, _CONFIGS)
+
+
 def _check_choices(problem: AttentionProblem, choices: _Choices) -> None:
-    margin = choices.sm_margin
-    if not is_integer(margin) or margin < 0:
-        raise ArgumentError("sm_margin", margin, "an integer of at least 0: multiprocessors to leave free")
-    if not is_bool(choices.batch_invariant):
-        raise ArgumentError("batch_invariant", choices.batch_invariant, "True or False")
     if choices.config is not None:
         _pinned(problem, choices.config)
 
 
 def _pinned(problem: AttentionProblem, config: Any) -> AttentionFwdConfig:
     """The config that the caller asked for, checked."""
-    accepted = "None, an AttentionFwdConfig, or a dict of some of its fields such as {'BLOCK_M': 128, 'BLOCK_N': 96}"
     if isinstance(config, Mapping):
         try:
             config = SPEC.config(problem, **config)
         except Exception as error:
-            raise ArgumentError("config", config, accepted) from error
+            raise ArgumentError("config", config, _CONFIGS) from error
     if not isinstance(config, AttentionFwdConfig) or not _well_typed(config):
-        raise ArgumentError("config", config, accepted)
+        raise ArgumentError("config", config, _CONFIGS)
     reason = SPEC.refusal(problem, config)
     if reason is not None:
         raise ArgumentError("config", f"{config}: {reason}", "a config that can serve the call")

@@ -197,10 +197,63 @@ def test_errors_are_those_of_a_call_without_gradients() -> None:
         rtk.attention(q, k, v, config={"BLOCK_N": 7})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_range": 5},
+        {"kv_range": (None,) * 3},
+        {"kv_range": (None, [1, 2])},
+        {"kv_range": (None, torch.zeros(2, dtype=torch.int64))},
+        {"config": 3},
+        {"config": {"BLOCK_N": 7}},
+        {"sm_margin": 1.5},
+        {"sm_margin": True},
+        {"batch_invariant": 1},
+        {"return_lse": 1},
+        {"causal": 1},
+        {"layout": "sbhd"},
+        {"softcap": "a"},
+        {"softmax_scale": float("nan")},
+        {"window_size": (1, 2, 3)},
+    ],
+    ids=str,
+)
+def test_the_same_error_with_and_without_gradients(options: dict[str, Any]) -> None:
+    said = []
+    for grad in (False, True):
+        with pytest.raises(ArgumentError) as caught:
+            rtk.attention(*tensors(grad=grad), **options)
+        said.append(caught.value.argument)
+    assert said[0] == said[1]
+
+
+def test_far_bounds_are_no_bounds() -> None:
+    x = tensors(grad=True)
+    for window in ((2**70, 0), (2**40, 2**33), (300, 0)):
+        expected = rtk.attention(*(y.detach() for y in x), window_size=window)
+        assert torch.equal(rtk.attention(*x, window_size=window), expected)
+        grads = torch.autograd.grad(rtk.attention(*x, window_size=window).sum(), x)
+        causal = {"causal": True} if window[1] == 0 else {}
+        for a, b in zip(grads, torch.autograd.grad(rtk.attention(*x, **causal).sum(), x), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_backward_within_autocast_is_as_exact() -> None:
+    x = tensors(dtype=torch.float32, grad=True, lengths=(60, 60))
+    o = rtk.attention(*x, causal=True)
+    expected = torch.autograd.grad(o.square().sum(), x, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a, b in zip(torch.autograd.grad(o.square().sum(), x), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_a_config_goes_through_the_operator() -> None:
     x = tensors(dtype=torch.bfloat16, dims=(64, 64), grad=True)
     config = {"BLOCK_M": 64, "BLOCK_N": 64}
     assert torch.equal(rtk.attention(*x, config=config), rtk.attention(*x))
+    # (With dynamic=True the numbers in the dict are symbols, which no kernel can be compiled for.)
+    fast = torch.compile(lambda *y: rtk.attention(*y, config=config), fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(*x), rtk.attention(*x))
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -300,6 +353,7 @@ def test_vmap_and_func() -> None:
 
     got = torch.vmap(attend, in_dims=1, out_dims=1)(*stacked)
     torch.testing.assert_close(got[:, 1], attend(*(2 * y for y in x)))
+    assert torch.vmap(attend, in_dims=1)(*(y[:, :, :, :0] for y in stacked)).shape == (3, 2, 4, 0, 8)
     got = torch.vmap(attend, in_dims=(1, None, None))(stacked[0], *x[1:])
     torch.testing.assert_close(got[2], attend(-x[0], *x[1:]))
 
@@ -389,6 +443,25 @@ def test_what_goes_to_torch_and_why(what: str, ours: None, caplog: Any) -> None:
             rtk.torch.scaled_dot_product_attention(*arguments, **options)
     assert rtk.torch.stats() == {"native": 0, f"fallback: {reason}": 3}
     assert [reason in record.getMessage() for record in caplog.records] == [True], "said once"
+
+
+def test_who_disables_flash_gets_torch(ours: None) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    x = [y.requires_grad_() for y in tensors(heads=(2, 2))]
+    with sdpa_kernel(SDPBackend.MATH):
+        o = rtk.torch.scaled_dot_product_attention(*x)
+        (grad,) = torch.autograd.grad(o.square().sum(), x[0], create_graph=True)
+        grad.sum().backward()  # which ours has not
+    reason = "FlashAttention disabled, as by torch.nn.attention.sdpa_kernel"
+    assert rtk.torch.stats() == {"native": 0, f"fallback: {reason}": 1}
+    for options in ({"scale": torch.tensor(0.5)}, {"scale": float("inf")}, {"is_causal": 0}):
+        rtk.torch.reset_stats()
+        try:
+            rtk.torch.scaled_dot_product_attention(*x, **options)
+        except TypeError:
+            assert options == {"is_causal": 0}
+        assert rtk.torch.stats() == {"native": 0, "fallback: an option of another type": 1}
 
 
 def test_the_cpu_is_torchs() -> None:

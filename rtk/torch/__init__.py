@@ -16,12 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from rtk.errors import ToolchainError
 
+
+class MissingTorch(ToolchainError, ImportError):
+    """There is no torch: an ImportError too, for who tries to import this module."""
+
+
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
-    raise ToolchainError(f"rtk.torch needs PyTorch: {error}", 'pip install "rtk-kernels[torch]"') from error
+    raise MissingTorch(f"rtk.torch needs PyTorch: {error}", 'pip install "rtk-kernels[torch]"') from error
 
-from rtk.torch import operators as operators
+from rtk.torch import operators as operators  # noqa: E402
 
 if TYPE_CHECKING:
     from rtk.torch.multihead import MultiheadAttention as MultiheadAttention

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rtk.api import attention
 from rtk.errors import UnsupportedError
-from rtk.torch import served
+from rtk.torch import sdpa, served
 
 NAME = "RTK"
 _FORWARD = "_scaled_dot_product_flash_attention"
@@ -53,7 +53,9 @@ def _activate() -> _Active:
         scale: float | None = None,
     ) -> Any:
         """(o, lse, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_attn_mask), as the operator says."""
-        reason = "dropout" if dropout_p else "a debug mask" if return_debug_mask else None
+        reason = "a debug mask" if return_debug_mask else sdpa.why_not(
+            query, key, value, None, dropout_p, is_causal, scale, enable_gqa=True
+        )  # fmt: skip
         if reason is not None:
             served.count_fallback(reason)
             arguments = (query, key, value, dropout_p, is_causal, return_debug_mask)

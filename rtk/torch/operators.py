@@ -6,8 +6,6 @@ own (`rtk.torch.backward`), from the saved q, k, v, o and lse: no forward is com
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +19,7 @@ from rtk.errors import ArgumentError, UnsupportedError
 from rtk.problem import check_numbers, check_words, window_bounds
 from rtk.torch import backward
 
-# None: the default softmax_scale, an unbounded window. `config` is JSON of a config's fields.
+# None: the default softmax_scale, an unbounded window. `config`: see _as_text.
 _OPTIONS = (
     "bool causal=False, bool top_left=False, SymInt? window_left=None, SymInt? window_right=None, "
     "float? softmax_scale=None, float softcap=0.0"
@@ -75,7 +73,7 @@ def _fwd(
             layout="bhsd",
             return_lse=True,
             out=library("torch").result(q, v.shape[3]),
-            config=json.loads(config) if config else None,
+            config=_of_text(config),
             batch_invariant=batch_invariant,
             sm_margin=sm_margin,
         )
@@ -172,7 +170,7 @@ def _folded(info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> 
         if not isinstance(x, Tensor):
             return x
         x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return x.reshape(-1, *x.shape[2:])
+        return x.flatten(0, 1)
 
     return [fold(x, dim) for x, dim in zip(arguments, in_dims, strict=False)]
 
@@ -180,7 +178,8 @@ def _folded(info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> 
 def _vmap_of(operator: Any, results: int) -> Callable[..., Any]:
     def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any, **options: Any) -> tuple[Any, Any]:
         found = operator(*_folded(info, in_dims, arguments), **options)
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * results
+        size = info.batch_size
+        return tuple(x.unflatten(0, (size, x.shape[0] // max(size, 1))) for x in found), (0,) * results
 
     return run
 
@@ -273,14 +272,15 @@ def attention(
         _check_tensors(q, k, v)
         check_words(causal, causal_align, layout)
         check_numbers(softmax_scale, softcap)
+        ops.check_steering(return_lse, config, batch_invariant, sm_margin)
     if out is not None:
         accepted = "None where gradients, a transform, a trace, autocast or a tensor subclass are in play"
         raise UnsupportedError("out", "an array", accepted, "Under torch.no_grad() it is written to.")
     swapped = layout == "bshd"
     if swapped:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    left, right = window_bounds(window_size)
-    first, end = (None, None) if kv_range is None else kv_range
+    left, right = (None if side is None or side >= _FAR else side for side in window_bounds(window_size))
+    first, end = _bounds(kv_range)
     options = {
         "causal": causal,
         "top_left": causal_align == "top-left",
@@ -288,7 +288,7 @@ def attention(
         "window_right": right,
         "softmax_scale": softmax_scale,
         "softcap": softcap,
-        "config": _as_json(config),
+        "config": _as_text(config),
         "batch_invariant": batch_invariant,
         "sm_margin": sm_margin,
     }
@@ -315,7 +315,36 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise UnsupportedError(name, received, "tensors without one", "Reverse mode works: torch.func.grad.")
 
 
-def _as_json(config: Any) -> str:
+_FAR = 1 << 31  # beyond any key
+
+
+def _bounds(kv_range: Any) -> tuple[Any, Any]:
+    if kv_range is None:
+        return None, None
+    accepted = "None or a pair (first, end), each None or an int32 tensor (batch,)"
+    if not isinstance(kv_range, (tuple, list)) or len(kv_range) != 2:
+        raise ArgumentError("kv_range", kv_range, accepted)
+    for place, x in enumerate(kv_range):
+        if x is not None and not isinstance(x, Tensor):
+            raise ArgumentError(f"kv_range[{place}]", f"an object of type {type(x).__name__}", accepted)
+    return kv_range[0], kv_range[1]
+
+
+def _as_text(config: Any) -> str:
+    """Fields as "BLOCK_M=64,PINGPONG=True": what an operator can take. (By hand: a trace cannot follow json.)"""
     if config is None:
         return ""
-    return json.dumps(dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config))
+    fields = dict(config) if isinstance(config, Mapping) else vars(config)
+    return ",".join([f"{name}={value}" for name, value in fields.items()])
+
+
+def _of_text(text: str) -> dict[str, Any] | None:
+    if not text:
+        return None
+    fields = dict(part.split("=", 1) for part in text.split(","))
+    words: dict[str, Any] = {"True": True, "False": False}
+    return {name: words[value] if value in words else _number(value) for name, value in fields.items()}
+
+
+def _number(text: str) -> Any:
+    return int(text) if text.lstrip("-").isdigit() else text

@@ -24,8 +24,8 @@ class TorchKind:
             return None
         if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
             return None
-        # (Tensors that are negated when read have rows with gaps, and a call with such rows is never remembered; but for
-        # views that as_strided makes of them.)
+        # (Tensors that are negated when read have rows with gaps, and a call with such rows is never remembered; but
+        # for what as_strided makes of them.)
         try:
             return (
                 q.shape, q.stride(), q.dtype, q.get_device(),
@@ -47,9 +47,9 @@ class TorchKind:
             out = torch.empty_like(q) if known.like_q else _library.result(q, known.o_shape[3])
         if return_lse and lse is None:
             lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device)
-        stream, here = _stream(device), _device() == device
-        capturing = _capturing() if here else driver.is_capturing(stream)
-        counter = zeroed.word(device, capturing) if plan.counts else None
+        stream, here, counter = _stream(device), _device() == device, None
+        if plan.counts:
+            counter = zeroed.word(device, _capturing() if here else driver.is_capturing(stream))
         lse_at = lse.data_ptr() if return_lse else 0
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_at, 0, 0)
         plan.launch(addresses, stream, counter, here=here)

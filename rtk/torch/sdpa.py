@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rtk.api import attention
 from rtk.problem import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from rtk.torch import served
+from rtk.torch.operators import PLAIN
 
 _HALF = (torch.float16, torch.bfloat16)
 _HOPPER = (9, 0)
@@ -55,12 +60,26 @@ def why_not(
     """Why rtk's kernel cannot serve a call of scaled_dot_product_attention, in a few words; None where it can."""
     if attn_mask is not None:
         return "an attention mask"
-    if dropout_p > 0.0:
+    if dropout_p != 0.0:
         return "dropout"
+    if not isinstance(is_causal, bool) or not (scale is None or _is_plain(scale)):
+        return "an option of another type"
     return _why_not_tensors(query, key, value) or _why_not_shapes(query, key, value, enable_gqa)
 
 
+def _is_plain(scale: Any) -> bool:
+    return isinstance(scale, (int, float)) and math.isfinite(scale)
+
+
 def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if not all(isinstance(x, Tensor) for x in (query, key, value)):
+        return "what is no tensor"
+    if not torch.compiler.is_compiling() and any(type(x) not in PLAIN for x in (query, key, value)):
+        return "a tensor subclass"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if not _flash_is_enabled():
+        return "FlashAttention disabled, as by torch.nn.attention.sdpa_kernel"
     if any(x.is_nested or x.layout is not torch.strided for x in (query, key, value)):
         return "nested or sparse tensors"
     if query.device.type == "cpu":
@@ -68,10 +87,12 @@ def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             return "tensors on the CPU"
     elif query.device.type != "cuda":
         return "another kind of device"
-    elif torch.cuda.get_device_capability(query.device) != _HOPPER:
+    elif not torch.cuda.is_available() or torch.cuda.get_device_capability(query.device) != _HOPPER:
         return "another GPU than Hopper"
     if not query.device == key.device == value.device:
         return "tensors on several devices"
+    if query.device.type == "cuda" and torch.float64 in (query.dtype, key.dtype, value.dtype):
+        return "dtype float64"  # which autocast leaves alone
     if torch.is_autocast_enabled(query.device.type):
         dtypes = {torch.get_autocast_dtype(query.device.type) if x.is_floating_point() else x.dtype
                   for x in (query, key, value)}  # fmt: skip
@@ -82,6 +103,11 @@ def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if dtypes.isdisjoint(_HALF) and not (serves_cpu and query.device.type == "cpu"):
         return f"dtype {query.dtype}".replace("torch.", "")
     return None
+
+
+@served.at_trace_time
+def _flash_is_enabled() -> bool:
+    return bool(torch.backends.cuda.flash_sdp_enabled())
 
 
 def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> str | None:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
-_at_trace_time: Callable[[Any], Any] = torch.compiler.assume_constant_result
 _log = logging.getLogger("rtk")
 _lock = threading.Lock()
 _counts: dict[str, int] = {"native": 0}
 
 
-# Compiled, these run when the model is traced: a lock is nothing that a graph could hold.
-@_at_trace_time
+def at_trace_time(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which would import torch's compiler: a trace keeps what the call gave."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+# A lock is nothing that a graph could hold.
+@at_trace_time
 def count_native() -> None:
     """One more call that rtk's kernel served."""
     with _lock:
         _counts["native"] += 1
 
 
-@_at_trace_time
+@at_trace_time
 def count_fallback(reason: str) -> None:
     """One more call that was handed to torch, for a reason: a few words, the same for all calls it holds for."""
     name = f"fallback: {reason}"
