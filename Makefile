@@ -35,7 +35,7 @@ $(VENV)/.rtk: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.rtk
 	@echo "adding the test tools to $(VENV) (once)"
-	$(PIP) --editable '.[cuda12,bench,test,dev]' $(TORCH) $(NVRTC13)
+	$(PIP) --editable '.[cuda12,bench,test,dev,transformers]' $(TORCH) $(NVRTC13)
 	@touch $@
 
 # --- what people type ------------------------------------------------------------------------------------------------
