@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rtk import autotune as autotune
     from rtk import errors as errors
+    from rtk import nvtx as nvtx
     from rtk import torch as torch
     from rtk.api import attention as attention
     from rtk.api import flash_attn_func as flash_attn_func
@@ -50,6 +51,7 @@ _HOME: dict[str, str | None] = {
     "autotune": None,
     "errors": None,
     "freeze": "rtk.autotune.choice",
+    "nvtx": None,
     "record_shapes": "rtk.autotune.recording",
     "torch": None,  # not in __all__: it imports torch
     # a kernel of one's own
@@ -89,6 +91,7 @@ __all__ = [
     "errors",
     "flash_attn_func",
     "freeze",
+    "nvtx",
     "plan",
     "record_shapes",
     "run",

@@ -79,18 +79,11 @@ def attention(
     """
     torch, key = sys.modules.get("torch"), None
     compiler = getattr(torch, "compiler", None)  # not there where torch is only half imported
-    if compiler is None or not compiler.is_compiling():
-        kind = repeats.kinds.get(type(q))
-        if kind is not None and out is None and kv_range is None and config is None:
-            meaning = (causal, causal_align, window_size, softmax_scale, softcap, layout)
-            options = (*meaning, return_lse, batch_invariant, sm_margin)
-            key = kind.key(q, k, v) if repeats.usual(*options) else None
-            if key is not None:
-                key += options
-                known = repeats.find(key)
-                result = None if known is None else kind.call(known, q, k, v, return_lse)
-                if result is not None:
-                    return result
+    if (compiler is None or not compiler.is_compiling()) and out is None and kv_range is None and config is None:
+        meaning = (causal, causal_align, window_size, softmax_scale, softcap, layout)
+        result, key = repeats.repeat(q, k, v, (return_lse, *meaning, batch_invariant, sm_margin))
+        if result is not None:
+            return result
     return _serve(
         torch,
         key,

@@ -174,7 +174,7 @@ class Launch:
     """
 
     def __init__(self, function: Function, grid: int, threads: int, shared_bytes: int, argument: bytes) -> None:
-        self._function = function
+        self._function, self._debug = function, function.trap_report is not None
         self._argument = ctypes.create_string_buffer(argument, -(-len(argument) // 8) * 8)
         self.bytes = memoryview(self._argument).cast("B")
         self.words = self.bytes.cast("Q")
@@ -189,12 +189,13 @@ class Launch:
         if stream != self._stream:
             self._config.stream = self._stream = stream
         code = self._call(*self._places) if here else _NO_CONTEXT
-        if code in (_NO_CONTEXT, _OTHER_CONTEXT):  # a thread's first call, or another library's context
-            with on_device(self._function.ordinal):
-                code = self._call(*self._places)
         if code:
-            raise failed("cuLaunchKernelEx", code)
-        if self._function.trap_report is not None:
+            if code in (_NO_CONTEXT, _OTHER_CONTEXT):  # a thread's first call, or another library's context
+                with on_device(self._function.ordinal):
+                    code = self._call(*self._places)
+            if code:
+                raise failed("cuLaunchKernelEx", code)
+        if self._debug:
             self._function.wait_for_debug_build(stream)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rtk import arrays, ops, repeats
+from rtk import arrays, ops, repeats, tma
 from rtk.errors import ArgumentError
 from rtk.operands import view_of
 from rtk.problem import to_bhsd
@@ -70,7 +70,7 @@ class AttentionPlan:
             view = view_of(self._library, x, name)
             if _place(view) != self._like[name]:
                 raise ArgumentError(name, _said(_place(view)), f"{_said(self._like[name])}, as the plan was made for")
-            if view.pointer % repeats.ALIGNMENT and self._known is not None:
+            if view.pointer % tma.STRIDE_MULTIPLE_BYTES and self._known is not None:
                 raise ArgumentError(name, f"an array at address {view.pointer:#x}", "a multiple of 16 bytes")
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from rtk import counters, driver, jit, tma, zeroed
+from rtk import counters, driver, jit, nvtx, tma, zeroed
 from rtk.arrays import Library, View
 from rtk.driver import Function, Launch
 from rtk.errors import ArgumentError, UnsupportedError
@@ -66,6 +66,10 @@ class Recent(Generic[Key, Value]):
         return len({*list(self._new), *list(self._old)})  # copies: other threads may add meanwhile
 
 
+class MisalignedError(ArgumentError):
+    """TMA cannot read at this address."""
+
+
 class _Maps:
     """The tensor maps of one operand of a plan, by address."""
 
@@ -81,6 +85,12 @@ class _Maps:
         found = self._encoded.get(key)
         if found is None:
             o = self._operand
+            if address % tma.STRIDE_MULTIPLE_BYTES or not address:
+                received, accepted = (
+                    f"an array at address {address:#x}",
+                    f"a multiple of {tma.STRIDE_MULTIPLE_BYTES} bytes",
+                )
+                raise MisalignedError(o.field, received, accepted)
             with driver.on_device(self._device):  # a thread's first call may have no context yet
                 found = tma.encode(address, o.dtype, o.shape, o.strides, o.box)
             self._encoded.put(key, found)
@@ -95,9 +105,18 @@ class Plan:
     """
 
     def __init__(
-        self, source: jit.Source, device: int, binding: Binding, *, grid: int, threads: int, shared_bytes: int
+        self,
+        source: jit.Source,
+        device: int,
+        binding: Binding,
+        *,
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        title: str,
     ) -> None:
         self.device, self.grid, self.threads, self.shared_bytes = device, grid, threads, shared_bytes
+        self.title = title  # of its NVTX range
         self.arrays = (*(operand.field for operand in binding.tensors), *binding.pointers)
         self.workspace_bytes = binding.workspace_bytes
         kind = type(binding.parameters)
@@ -111,6 +130,7 @@ class Plan:
         self._counter = None if binding.counter is None else _word(kind, binding.counter)
         self.counts = self._counter is not None  # whether a launch needs a word that is zero (rtk.zeroed)
         self.report, self._function = _load(source, device, shared_bytes)
+        self._nowhere = (None,) * len(self._slots)
         self._ready: list[_Ready] = []  # launches that no call is using
         counters.add("plans")
 
@@ -137,8 +157,9 @@ class Plan:
             raise ArgumentError(f"{spec.name}.grid", grid, "0 to 2**31 - 1 blocks")
         for complaint in (*block_problems(spec, config), *_binding_problems(spec, binding, views)):
             raise ArgumentError(*complaint)
-        threads, shared_bytes = spec.threads(config), spec.shared_bytes(config)
-        return cls(spec.render(config), device, binding, grid=grid, threads=threads, shared_bytes=shared_bytes)
+        sizes = {"grid": grid, "threads": spec.threads(config), "shared_bytes": spec.shared_bytes(config)}
+        title = f"{spec.name} {spec.describe(problem)} {spec.label(config)}"
+        return cls(spec.render(config), device, binding, **sizes, title=title)
 
     def run(self, library: Library, addresses: Sequence[int]) -> None:
         """Launches on the library's current stream, with a workspace from its allocator where one is needed."""
@@ -154,7 +175,7 @@ class Plan:
         self.launch(addresses, stream, here=library.is_current(self.device))
         counters.add("launches")
 
-    def launch(self, addresses: Sequence[int], stream: int, counter: int | None = None, *, here: bool = False) -> None:
+    def launch(self, addresses: Sequence[int], stream: int, counter: int | None = None, here: bool = False) -> None:
         """Runs the kernel on the stream, with the addresses of `arrays` (0 for null), then that of a workspace.
 
         `counter` is the address of a word that is zero, for a plan that needs one; None takes one that is free. `here`:
@@ -172,20 +193,25 @@ class Plan:
         if self._counter is not None:
             words = ready.launch.words
             words[self._counter] = zeroed.word(self.device, driver.is_capturing(stream)) if counter is None else counter
-        ready.launch.start(stream, here)
+        if nvtx.enabled:
+            with nvtx.span(self.title):
+                ready.launch.start(stream, here)
+        else:
+            ready.launch.start(stream, here)
         self._ready.append(ready)
 
     def _address(self, ready: _Ready, addresses: Sequence[int]) -> None:
         """Writes those addresses, and their tensor maps, that are not what the launch had last."""
-        before, ready.addresses = ready.addresses, None  # what fails half-way is not to be taken for either
+        before = ready.addresses or self._nowhere
+        ready.addresses = None  # what fails half-way is not to be taken for either
         words, block = ready.launch.words, ready.launch.bytes
-        for (word, maps), address, last in zip(self._slots, addresses, before or (None,) * len(addresses), strict=True):
-            if address == last:
-                continue
-            if maps is None:
-                words[word] = address
-            else:
-                block[8 * word : 8 * word + tma.MAP_BYTES] = maps.at(address)
+        for slot, address, last in zip(self._slots, addresses, before):  # noqa: B905  # strict costs 60 ns
+            if address != last:
+                word, maps = slot
+                if maps is None:
+                    words[word] = address
+                else:
+                    block[8 * word : 8 * word + tma.MAP_BYTES] = maps.at(address)
         ready.addresses = tuple(addresses)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rtk import arrays, counters, reference, repeats, tma
+from rtk import arrays, counters, dlpack, reference, repeats, tma
 from rtk.arrays import Library, View
 from rtk.autotune import choice, recording
 from rtk.errors import ArgumentError, RtkError, UnsupportedError
@@ -47,7 +47,8 @@ def attention_fwd(
 ) -> Any:
     """See rtk.attention. Returns o, or (o, lse) with return_lse.
 
-    remember_as: the key by which the call is remembered, where it can be repeated (rtk.repeats).
+    remember_as: the key by which the call is remembered, where it can be repeated (rtk.repeats). Its `out`, if there is
+    one, lies as the result of a call without would.
     """
     options: dict[str, Any] = {
         "causal": causal,
@@ -111,12 +112,7 @@ def prepare(q: Any, k: Any, v: Any, *, layout: str, return_lse: bool, **options:
             raise UnsupportedError(name, f"strides {view.strides} at address {view.pointer:#x}", accepted, "Copy it.")
     out = library.view(library.result(q, problem.head_dim_v), "out")
     stamp = choice.stamp()
-    return _known(problem, _plan(problem, operands, out, layout, choices), layout, stamp)
-
-
-def _known(problem: AttentionProblem, plan: Plan, layout: str, stamp: object) -> repeats.Known:
-    like_q = problem.head_dim_v == problem.head_dim
-    return repeats.Known(plan, to_bhsd(problem.o_shape, layout), problem.lse_shape, like_q, stamp)
+    return repeats.Known(_plan(problem, operands, out, layout, choices), out, problem.lse_shape, stamp)
 
 
 @dataclass(frozen=True)
@@ -218,10 +214,10 @@ def _on_gpu(
     plan = _plan(problem, operands, target_view, layout, choices)
     lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
     plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer, *bounds))
-    if remember_as is not None and in_place and out is None and library.name in ("torch", "cupy"):
-        if type(operands.arrays[0]) not in repeats.kinds:
-            repeats.learn(library)
-        repeats.remember(remember_as, _known(problem, plan, layout, stamp))
+    if library.name in ("torch", "cupy") and type(operands.arrays[0]) not in repeats.kinds:
+        repeats.learn(library)
+    if remember_as is not None and in_place:
+        repeats.remember(remember_as, repeats.Known(plan, target_view, problem.lse_shape, stamp))
     if out is not None and target is not out:
         library.keep_for_graph(target)
         library.assign(out, target)
@@ -325,7 +321,7 @@ def _through_dlpack(
     q: Any, k: Any, v: Any, kv_range: Any, out: Any, return_lse: bool, options: Mapping[str, Any], choices: _Choices
 ) -> Any:
     """Arrays of a library unknown here: taken by DLPack, computed, handed back by the library's from_dlpack."""
-    taken = [arrays.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v"))]
+    taken = [dlpack.adopt(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v"))]
     if out is not None:
         received = f"an object of type {type(out).__name__}"
         raise UnsupportedError("out", received, "None: results are handed back through DLPack")
@@ -334,7 +330,7 @@ def _through_dlpack(
             raise ArgumentError(name, "an array on another kind of device", "arrays on one device")
     if isinstance(kv_range, (tuple, list)):
         named = ((x, f"kv_range[{place}]") for place, x in enumerate(kv_range))
-        kv_range = tuple(x if x is None else arrays.adopt(x, name, ("int32",)).array for x, name in named)
+        kv_range = tuple(x if x is None else dlpack.adopt(x, name, ("int32",)).array for x, name in named)
     result = attention_fwd(
         taken[0].array,
         taken[1].array,

@@ -2,8 +2,8 @@
 
 A call that a kernel has served is remembered by all that steered it: shapes, strides, dtypes, devices and options. The
 next one like it takes what is left to do: addresses, memory for the results, and the launch. Nothing is checked that
-the first one's check did not settle, and whatever is not as usual (an address that TMA cannot read, another current
-device, a mode of torch's that wants to see the call) goes the long way, through rtk.ops.
+the first one's check did not settle, and whatever is not as usual (an address that TMA cannot read, a mode of torch's
+that wants to see the call) goes the long way, through rtk.ops.
 """
 
 from __future__ import annotations
@@ -11,38 +11,41 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from rtk import counters, driver, zeroed
+from rtk.arrays import View
 from rtk.autotune import choice, recording
-from rtk.launch import PLANS_REMEMBERED, Plan, Recent
+from rtk.launch import PLANS_REMEMBERED, MisalignedError, Plan, Recent
 
 ARRAYS = ("q", "k", "v", "o", "lse", "kv_first", "kv_end")  # whose addresses a launch takes
-ALIGNMENT = 16  # TMA reads from multiples of so many bytes
 
 
 class Known:
-    """A call that can be repeated: its plan, and what its results are."""
+    """A call that can be repeated: its plan, and how its results lie."""
 
-    __slots__ = ("device", "like_q", "lse_shape", "o_shape", "plan", "stamp")
+    __slots__ = ("device", "lse_shape", "o_shape", "o_strides", "plan", "stamp")
 
-    def __init__(
-        self, plan: Plan, o_shape: tuple[int, ...], lse_shape: tuple[int, ...], like_q: bool, stamp: object
-    ) -> None:
+    def __init__(self, plan: Plan, o: View, lse_shape: tuple[int, ...], stamp: object) -> None:
         assert plan.arrays == ARRAYS
         self.plan, self.device = plan, plan.device
-        self.o_shape, self.lse_shape, self.like_q = o_shape, lse_shape, like_q
+        self.o_shape, self.o_strides, self.lse_shape = o.shape, o.strides, lse_shape
         self.stamp = stamp  # choice.stamp() from before the plan was chosen
 
 
 class Kind(Protocol):
     """What the arrays of one library can tell and do quickly."""
 
-    def key(self, q: Any, k: Any, v: Any) -> tuple[Any, ...] | None:
-        """Shapes, strides, dtypes and devices; None where the call is to go the long way."""
+    def find(self, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Known | None, Any]:
+        """What is remembered of the call, and the key to remember it by if it is not; (None, None) where it never is.
 
-    def call(self, known: Known, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
-        """The call's result; None where it is to go the long way."""
+        `options` in the order of `usual`.
+        """
 
     def run(self, known: Known, q: Any, k: Any, v: Any, out: Any, lse: Any, return_lse: bool) -> Any:
-        """The call's result, in new memory where `out` or `lse` is None; all is trusted."""
+        """The call's result, in new memory where `out` or `lse` is None; all is trusted.
+
+        Raises MisalignedError, before anything is launched, for an address that TMA cannot read.
+        """
+
+    def forget(self) -> None: ...
 
 
 kinds: dict[type, Kind] = {}  # by the exact type of q; a library's comes in with its first call on a GPU
@@ -50,13 +53,13 @@ _known: Recent[Any, Known] = Recent(PLANS_REMEMBERED)
 
 
 def usual(
+    return_lse: Any,
     causal: Any,
     causal_align: Any,
     window_size: Any,
     softmax_scale: Any,
     softcap: Any,
     layout: Any,
-    return_lse: Any,
     batch_invariant: Any,
     sm_margin: Any,
 ) -> bool:
@@ -81,12 +84,32 @@ def _usual_window(window_size: Any) -> bool:
     )
 
 
+def repeat(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """(the call's result, None) where the call was made before, else (None, the key to remember it by, if any).
+
+    `options` in the order of `usual`. Not for what torch.compile traces.
+    """
+    kind = kinds.get(type(q))
+    if kind is None:
+        return None, None
+    known, key = kind.find(q, k, v, options)
+    if known is not None:
+        try:
+            return kind.run(known, q, k, v, None, None, options[0]), None
+        except MisalignedError:  # it is copied, on the long way
+            pass
+    return None, key
+
+
 def find(key: Any) -> Known | None:
     """What is remembered of the call, if it would still be served in the same way."""
     known = _known.get(key)
-    if known is None or known.stamp is not choice.stamp() or recording._open:
-        return None
-    return known
+    return known if known is not None and is_current(known) else None
+
+
+def is_current(known: Known) -> bool:
+    """Whether the call would still be served in the same way, and nobody records it."""
+    return known.stamp is choice.stamp() and not recording._open
 
 
 def remember(key: Any, known: Known) -> None:
@@ -96,6 +119,8 @@ def remember(key: Any, known: Known) -> None:
 def forget() -> None:
     """As if no call had been made."""
     _known.clear()
+    for kind in kinds.values():
+        kind.forget()
 
 
 def learn(library: Any) -> None:
@@ -116,6 +141,11 @@ def kind_of(library: Any) -> Kind:
     return CupyKind(library.cupy)
 
 
+def _strides(array: Any) -> Any:
+    """What tells strides apart; most arrays have none to tell."""
+    return getattr(array, "_c_contiguous", False) or array.strides
+
+
 class CupyKind:
     def __init__(self, cupy: Any) -> None:
         self._ndarray = cupy.ndarray
@@ -124,17 +154,15 @@ class CupyKind:
         self._stream = cupy.cuda.get_current_stream
         self._on = cupy.cuda.Device
 
-    def key(self, q: Any, k: Any, v: Any) -> tuple[Any, ...] | None:
-        if type(k) is not self._ndarray or type(v) is not self._ndarray:
-            return None
-        shapes = (q.shape, q.strides, k.shape, k.strides, v.shape, v.strides)
-        return (*shapes, q.dtype, k.dtype, v.dtype, q.data.device_id, k.data.device_id, v.data.device_id)
+    def find(self, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Known | None, Any]:
+        if type(k) is not self._ndarray or type(v) is not self._ndarray or not usual(*options):
+            return None, None
+        shapes = (q.shape, _strides(q), k.shape, _strides(k), v.shape, _strides(v))
+        key = (*shapes, q.dtype, k.dtype, v.dtype, q.data.device_id, k.data.device_id, v.data.device_id, options)
+        return find(key), key
 
-    def call(self, known: Known, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
-        q_at, k_at, v_at = q.data.ptr, k.data.ptr, v.data.ptr
-        if (q_at | k_at | v_at) % ALIGNMENT or self._device() != known.device:
-            return None
-        return self.run(known, q, k, v, None, None, return_lse)
+    def forget(self) -> None:
+        pass
 
     def run(self, known: Known, q: Any, k: Any, v: Any, out: Any, lse: Any, return_lse: bool) -> Any:
         plan, here = known.plan, self._device() == known.device
@@ -148,6 +176,6 @@ class CupyKind:
             lse = self._ndarray(known.lse_shape, self._float32)
         counter = zeroed.word(known.device, stream != 0 and driver.is_capturing(stream)) if plan.counts else None
         lse_at = lse.data.ptr if return_lse else 0
-        plan.launch((q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_at, 0, 0), stream, counter, here=True)
+        plan.launch((q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_at, 0, 0), stream, counter, here)
         counters.count_repeat()
         return (out, lse) if return_lse else out

@@ -16,6 +16,7 @@ from liars import Stranger
 from yardstick import DTYPES, attention_f64, check, check_lse, make_inputs, plain, to_f64
 
 import rtk
+from rtk.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -418,3 +419,9 @@ def test_jax_on_the_cpu(dtype: str) -> None:
         o, lse = rtk.attention(*map(jax.numpy.asarray, arrays), causal=True, return_lse=True)
     assert isinstance(o, jax.Array)
     judge((o, lse), arrays, causal=True)
+    with jax.default_device(jax.devices("cpu")[0]):
+        q, k, v = map(jax.numpy.asarray, arrays)
+        with pytest.raises(UnsupportedError, match=r"q: received a JAX array that is traced.*jax\.pure_callback"):
+            jax.jit(rtk.attention)(q, k, v)
+        called = jax.jit(lambda *x: jax.pure_callback(lambda *y: rtk.attention(*y, causal=True), x[0], *x))(q, k, v)
+    assert np.array_equal(np.asarray(called), np.asarray(o))

@@ -245,7 +245,7 @@ def test_memory_on_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A producer that says "GPU" must give memory of that GPU: the driver is asked for both ends of it."""
     import contextlib
 
-    from rtk import arrays, driver
+    from rtk import arrays, dlpack, driver
     from rtk.errors import DriverError
 
     owner = {0x1000: 0, 0x1FFE: 0, 0x5000: 1}
@@ -258,9 +258,9 @@ def test_memory_on_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(driver, "call", call)
     monkeypatch.setattr(driver, "on_device", lambda _: contextlib.nullcontext())
-    arrays._check_memory(arrays.View(0x1000, (2, 1024), (1024, 1), "float16", 0), 0)
-    arrays._check_memory(arrays.View(0x1FFE, (2, 1024), (-1024, -1), "float16", 0), 0)
-    arrays._check_memory(arrays.View(0, (0, 4), (4, 1), "float16", 0), 0)
+    dlpack._check_memory(arrays.View(0x1000, (2, 1024), (1024, 1), "float16", 0), 0)
+    dlpack._check_memory(arrays.View(0x1FFE, (2, 1024), (-1024, -1), "float16", 0), 0)
+    dlpack._check_memory(arrays.View(0, (0, 4), (4, 1), "float16", 0), 0)
     for view in (
         arrays.View(0x1000, (2, 2048), (2048, 1), "float16", 0),  # the end is elsewhere
         arrays.View(0, (2, 2), (2, 1), "float16", 0),
@@ -268,4 +268,4 @@ def test_memory_on_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         arrays.View(0x5000, (1, 1), (1, 1), "float16", 1),
     ):
         with pytest.raises(BufferError, match="memory"):
-            arrays._check_memory(view, 0)
+            dlpack._check_memory(view, 0)

@@ -163,7 +163,10 @@ def test_maps_of_all_plans_are_bounded_together(monkeypatch):
     monkeypatch.setattr("rtk.tma.encode", lambda pointer, *_: encoded.append(pointer) or bytes([pointer % 251]) * 128)
     operand = rtk.TensorOperand("x", "float16", (8, 8), (1, 8), (8, 8))
     maps = [launch._Maps(operand, 0) for _ in range(3)]
-    for pointer in range(100):
+    for pointer in range(16, 1616, 16):
         for one in maps:
             assert one.at(pointer) == one.at(pointer) == bytes([pointer % 251]) * 128
     assert len(encoded) == 300 and len(launch._Maps._encoded) <= 20
+    for pointer in (0, 8, 24):
+        with pytest.raises(launch.MisalignedError, match=r"x: received an array at address .*a multiple of 16"):
+            maps[0].at(pointer)

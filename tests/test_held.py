@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import rtk
 from rtk import held, repeats
+from rtk.arrays import NumpyLibrary
 from rtk.errors import ArgumentError, UnsupportedError
 
 
@@ -68,12 +70,14 @@ def test_a_launch_gets_the_addresses(monkeypatch: Any) -> None:
     class Plan:
         arrays, device, counts = repeats.ARRAYS, 0, False
 
-        def launch(self, addresses: Any, stream: int, counter: Any, *, here: bool) -> None:
+        def launch(self, addresses: Any, stream: int, counter: Any, here: bool) -> None:
             seen.append((addresses, stream, counter, here))
 
     monkeypatch.setattr(quick, "_device", lambda: 0)
     monkeypatch.setattr(quick, "_stream", lambda device: 5)
-    known = repeats.Known(Plan(), (2, 4, 9, 16), (2, 4, 9), True, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(quick, "_empty", functools.partial(quick._empty_strided, device="cpu"))
+    o = NumpyLibrary().view(inputs()[0].astype(np.float16), "o")
+    known = repeats.Known(Plan(), o, (2, 4, 9), None)  # type: ignore[arg-type]
     monkeypatch.setattr(held.ops, "prepare", lambda *_, **__: known)
     q, k, v = (torch.from_numpy(x).half() for x in inputs())
     plan = rtk.plan(q, k, v, return_lse=True)

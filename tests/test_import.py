@@ -53,7 +53,7 @@ def test_public_names_are_what_the_readme_promises():
     own_kernels |= {"View", "alignment", "check_run", "check_spec", "compile", "run"}
     assert set(rtk.__all__) == {
         *("__version__", "attention", "errors", "flash_attn_func", "plan", "stats"),
-        *("autotune", "freeze", "record_shapes"),
+        *("autotune", "freeze", "nvtx", "record_shapes"),
         *own_kernels,
     }
     assert rtk.attention.__module__ == rtk.flash_attn_func.__module__ == "rtk.api"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import itertools
 import threading
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 
 import rtk
-from rtk import autotune, counters, repeats, zeroed
+from rtk import autotune, counters, ops, repeats, zeroed
+from rtk.arrays import library
 from rtk.autotune import choice
-from rtk.errors import ArgumentError
+from rtk.errors import ArgumentError, DriverError, UnsupportedError
+from rtk.launch import MisalignedError, Plan
 
 torch = pytest.importorskip("torch")
 
@@ -27,7 +31,9 @@ class PretendedPlan:
     def __init__(self, o_bytes: int) -> None:
         self.o_bytes, self.seen, self.lock = o_bytes, [], threading.Lock()
 
-    def launch(self, addresses: Any, stream: int, counter: int, *, here: bool) -> None:
+    def launch(self, addresses: Any, stream: int, counter: int, here: bool) -> None:
+        if any(address % 16 for address in addresses[:3]):
+            raise MisalignedError("q", "an address", "another")
         with self.lock:
             self.seen.append((addresses, stream, counter, here))
             number = len(self.seen)
@@ -35,7 +41,7 @@ class PretendedPlan:
 
 
 KIND = quick.TorchKind()
-OPTIONS = (False, "bottom-right", None, None, 0.0, "bhsd", False, False, 0)
+OPTIONS = (False, False, "bottom-right", None, None, 0.0, "bhsd", False, 0)
 
 
 def inputs(**changes: Any) -> list[Any]:
@@ -48,6 +54,7 @@ def pretended(monkeypatch: Any) -> Any:
     """torch's CPU tensors said to be on a GPU, as far as a repeated call looks."""
     words = itertools.count(4096, 4)
     monkeypatch.setattr(quick, "_device", lambda: 0)
+    monkeypatch.setattr(quick, "_empty", functools.partial(quick._empty_strided, device="cpu"))
     monkeypatch.setattr(quick, "_stream", lambda device: 77)
     monkeypatch.setattr(quick, "_capturing", lambda: False)
     monkeypatch.setattr(zeroed, "word", lambda device, capturing: next(words))
@@ -60,8 +67,9 @@ def pretended(monkeypatch: Any) -> Any:
 def known(x: list[Any], options: tuple[Any, ...] = OPTIONS, return_lse: bool = False) -> PretendedPlan:
     """As if a kernel had served this call once."""
     plan = PretendedPlan(x[0].nbytes)
-    call = repeats.Known(plan, tuple(x[0].shape), tuple(x[0].shape[:3]), True, choice.stamp())  # type: ignore[arg-type]
-    repeats.remember(KIND.key(*x) + options, call)  # type: ignore[operator]
+    o = library("torch").view(x[0], "o")
+    call = repeats.Known(plan, o, tuple(x[0].shape[:3]), choice.stamp())  # type: ignore[arg-type]
+    repeats.remember(KIND.find(*x, options)[1], call)
     return plan
 
 
@@ -80,9 +88,26 @@ def test_a_known_call_is_a_launch_and_nothing_else(pretended: Any) -> None:
     assert after["cpu_calls"] == before["cpu_calls"]
 
 
+def test_the_second_call_is_the_short_one(pretended: Any) -> None:
+    """From a process's very first call on, when no library is known yet."""
+    x, ran = inputs(), []
+    plan = PretendedPlan(x[0].nbytes)
+    view = type(library("torch")).view
+    pretended.setattr(type(library("torch")), "view", lambda *given: dataclasses.replace(view(*given), device=0))
+    pretended.setattr(PretendedPlan, "run", lambda self, library, addresses: ran.append(addresses), raising=False)
+    for check in ("check_room", "_check_gpu"):
+        pretended.setattr(ops, check, lambda *_: None)
+    pretended.setattr(ops, "_plan", lambda *_: plan)
+    pretended.setattr(repeats, "kinds", {})
+    results = [rtk.attention(*x) for _ in range(4)]
+    assert len(ran) == 2 and len(plan.seen) == 2, "the first makes the library known, the second is remembered"
+    assert len({o.data_ptr() for o in results}) == 4
+    assert all(o.shape == x[0].shape and o.stride() == x[0].stride() and o.dtype == x[0].dtype for o in results)
+
+
 def test_other_addresses_and_the_lse(pretended: Any) -> None:
     x, y = inputs(), inputs()
-    plan = known(x, (*OPTIONS[:6], True, False, 0))
+    plan = known(x, (True, *OPTIONS[1:]))
     o, lse = rtk.attention(*y, return_lse=True)
     assert plan.seen[0][0] == (*(z.data_ptr() for z in y), o.data_ptr(), lse.data_ptr(), 0, 0)
     assert lse.shape == (2, 4, 9) and lse.dtype == torch.float32
@@ -120,9 +145,13 @@ def test_another_option_is_another_call(pretended: Any, what: str) -> None:
     assert not plan.seen
 
 
-def test_another_tensor_is_another_call(pretended: Any) -> None:
+@pytest.mark.parametrize("guarded", [False, True])
+def test_another_tensor_is_another_call(pretended: Any, guarded: bool) -> None:
     x = inputs()
     plan = known(x)
+    if guarded:
+        rtk.attention(*x)
+        plan.seen.clear()
     q, k, v = x
     wide = torch.zeros(2, 4, 9, 17).half()
     masked = wide[..., :16]
@@ -142,7 +171,8 @@ def test_another_tensor_is_another_call(pretended: Any) -> None:
     assert len(plan.seen) == 1
 
 
-def test_what_watches_sees_the_call(pretended: Any) -> None:
+@pytest.mark.parametrize("guarded", [False, True])
+def test_what_watches_sees_the_call(pretended: Any, guarded: bool) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -151,6 +181,10 @@ def test_what_watches_sees_the_call(pretended: Any) -> None:
 
     x = inputs()
     plan = known(x)
+    if guarded:  # found by a look at the tensors, without a key
+        rtk.attention(*x)
+        assert KIND.find(*x, OPTIONS)[1] is None
+        plan.seen.clear()
     with Watch():
         rtk.attention(*x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -171,7 +205,9 @@ def test_another_device_or_another_choice(pretended: Any) -> None:
     x = inputs()
     plan = known(x)
     pretended.setattr(quick, "_device", lambda: 1)
+    pretended.setattr(quick.driver, "is_capturing", lambda stream: False)
     rtk.attention(*x)
+    assert plan.seen.pop()[3] is False, "the driver is told to look for the context"
     pretended.setattr(quick, "_device", lambda: 0)
     with autotune.using("off"):
         rtk.attention(*x)
@@ -181,6 +217,47 @@ def test_another_device_or_another_choice(pretended: Any) -> None:
     plan = known(x)
     rtk.attention(*x)
     assert plan.seen
+
+
+def test_gradients_wanted_since(pretended: Any) -> None:
+    """A look at tensors that was made without gradients does not take those that want some for the same."""
+    x = [y.requires_grad_() for y in inputs()]
+    plan = known_without_gradients(x)
+    with torch.no_grad():
+        for _ in range(3):
+            rtk.attention(*x)
+    assert len(plan.seen) == 3
+    assert rtk.attention(*x).requires_grad and len(plan.seen) == 3
+    with torch.inference_mode():
+        rtk.attention(*x)
+    assert len(plan.seen) == 4
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs()[0], inputs()[0])
+        with pytest.raises(UnsupportedError, match="tangent"):
+            rtk.attention(dual, *inputs()[1:])
+    assert len(plan.seen) == 4
+
+
+def known_without_gradients(x: list[Any]) -> PretendedPlan:
+    with torch.no_grad():
+        return known(x)
+
+
+def test_calls_in_turn(pretended: Any) -> None:
+    """More calls of the same options than are found at once: each is served by its own plan, and places change."""
+    shapes = [(1, 2, n, 16) for n in range(3, 13)]
+    plans = {shape: known(inputs(shape=shape)) for shape in shapes}
+    for turn in range(100):
+        for shape in shapes:
+            assert rtk.attention(*inputs(shape=shape)).shape == shape
+            assert len(plans[shape].seen) == turn + 1
+    assert len(KIND._guarded.get(OPTIONS)) == 4
+    for _ in range(100):  # at last also those that had no place
+        for shape in shapes[-3:]:
+            rtk.attention(*inputs(shape=shape))
+    assert {id(plans[shape]) for shape in shapes[-3:]} & {id(each[1].plan) for each in KIND._guarded.get(OPTIONS)}
+    repeats.forget()
+    assert KIND._guarded.get(OPTIONS) is None
 
 
 def test_many_threads(pretended: Any) -> None:
@@ -215,3 +292,37 @@ def test_the_table_is_bounded(pretended: Any, monkeypatch: Any) -> None:
     for n in range(3, 40):
         known(inputs(shape=(1, 2, n, 16)))
     assert len(repeats._known) <= 8
+
+
+def test_nvtx_ranges(monkeypatch: Any) -> None:
+    """Each launch in a range of its title while ranges are wanted, an error's too; else nothing is asked of NVTX."""
+    import sys
+    import types
+
+    from rtk import nvtx
+
+    said: list[str] = []
+    stand_in = types.SimpleNamespace(RangePush=said.append, RangePop=lambda: said.append("end"))
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(nvtx=stand_in))
+
+    def start(stream: int, here: bool) -> None:
+        said.append(f"on {stream}")
+        if stream == 13:
+            raise DriverError("cuLaunchKernelEx", 719, "CUDA_ERROR_LAUNCH_FAILED", "")
+
+    plan = object.__new__(Plan)
+    plan.title, plan.grid, plan.device, plan._slots, plan._counter = "attention_fwd b=1 m128", 1, 0, [], None
+    ready = types.SimpleNamespace(addresses=(), launch=types.SimpleNamespace(start=start))
+    plan._ready = [ready, ready, ready]  # type: ignore[list-item]
+    plan.launch((), 1)
+    nvtx.enable()
+    try:
+        plan.launch((), 2)
+        with pytest.raises(DriverError):
+            plan.launch((), 13)
+    finally:
+        nvtx.enable(False)
+    plan.launch((), 3)
+    title = "attention_fwd b=1 m128"
+    assert said == ["on 1", title, "on 2", "end", title, "on 13", "end", "on 3"]

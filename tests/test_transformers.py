@@ -531,6 +531,31 @@ def test_one_look_at_the_padding_of_a_forward(monkeypatch):
     assert len(looks) == 1
 
 
+def test_padding_that_is_taken_to_be_ranges(monkeypatch):
+    """check_padding=False: nothing is read back from the device, and real padding gives what it gives otherwise."""
+    from rtk.integrations import transformers_masks
+
+    ours, theirs = pair(mistral)
+    mask, ids = padding("left"), tokens()
+    holed = mask.clone()
+    holed[:, LENGTH // 2] = 0
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask).logits
+        integration.register(check_padding=False)
+        try:
+            monkeypatch.setattr(torch.Tensor, "__int__", None)
+            monkeypatch.setattr(torch.Tensor, "__bool__", None)
+            got = ours(ids, attention_mask=mask).logits
+            monkeypatch.undo()
+            ours(ids, attention_mask=holed)
+            assert_native()
+        finally:
+            integration.register()
+        close(got, expected, mask)
+        assert transformers_masks.checks_padding
+        close(ours(ids, attention_mask=holed).logits, theirs(ids, attention_mask=holed).logits, holed)
+
+
 @pytest.mark.parametrize("family", [llama, mistral])
 @torch.no_grad()
 def test_compiled(family):

@@ -134,3 +134,22 @@ def test_vit() -> None:
     pixels = torch.randn(3, 3, 64, 64, device="cuda")
     no_worse(*(each(pixels.bfloat16()).last_hidden_state for each in made), exact(pixels).last_hidden_state)
     tiny.assert_native()
+
+
+def test_padding_without_a_wait() -> None:
+    ours, theirs, exact = trio(tiny.mistral, torch.bfloat16)
+    x, mask = tiny.tokens(length=LENGTH).cuda(), tiny.padding("left", length=LENGTH).cuda()
+    seen = mask.bool()
+    integration.register(check_padding=False)
+    try:
+        with torch.no_grad():
+            last(ours(x, attention_mask=mask))
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                got = last(ours(x, attention_mask=mask))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            no_worse(got[seen], last(theirs(x, attention_mask=mask))[seen], last(exact(x, attention_mask=mask))[seen])
+    finally:
+        integration.register()
+    tiny.assert_native()

@@ -94,8 +94,8 @@ _OVERHEAD = (
     "inputs. FlashAttention-3 is called by its operator, the others by the function that users call."
 )
 _ONCE = (
-    "In processes of their own whose torch and CUDA context are there: medians of three with empty caches (`rounds` says "
-    "how many; one where it takes long), and one with what the first left."
+    "In processes of their own whose torch and CUDA context are there: medians of three with empty caches (`rounds` "
+    "says how many; one where it takes long), and one with what the first left."
 )
 _ERRORS = "Every row of some heads against float64: the RMS and the largest error, as shares of the RMS of float64's."
 

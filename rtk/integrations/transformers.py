@@ -14,7 +14,8 @@ would have had; `rtk.torch.stats()` counts those calls by reason, and each reaso
     packed sequences, image tokens), masks the caller made, masks made while tracing (torch.compile, graph capture)
 
 What waits for the GPU: building a mask from a padding mask, once (transformers' own masks wait there too): whether ones
-are contiguous is a number that the choice of kernel hangs on. A model builds one mask per forward, or one per kind of
+are contiguous is a number that the choice of kernel hangs on. register(check_padding=False) takes it that they are, and
+nothing waits. A model builds one mask per forward, or one per kind of
 layer, and never one per layer. Without a padding mask nothing waits, except several queries on a StaticCache, whose
 position is known only to the GPU. Where a wait is not allowed, in a trace or in a graph's capture, transformers' dense
 mask is built instead. generate() drops a padding mask of ones by itself.
@@ -34,8 +35,14 @@ _FIX = 'pip install "transformers>=5.17"'
 _lock = threading.Lock()
 
 
-def register() -> None:
-    """Makes "rtk" an attention implementation of transformers, for every model; a second call changes nothing.
+def register(*, check_padding: bool = True) -> None:
+    """Makes "rtk" an attention implementation of transformers, for every model; a second call changes `check_padding`.
+
+    Args:
+        check_padding: look at every padding mask, once a forward, whether the ones of each row are contiguous; a mask
+            with holes goes to transformers' own attention. That waits for the GPU. False takes it that they are, as
+            those of a tokenizer's padding=True always are: nothing waits, and a mask with holes gives wrong results (as
+            many keys as it has ones are seen, from its first one on).
 
     Imports torch and transformers. Raises ToolchainError where one is missing, or transformers is older than 5.17.
     """
@@ -43,10 +50,11 @@ def register() -> None:
         _check_version()
         from transformers import AttentionInterface, AttentionMaskInterface
 
+        from rtk.integrations import transformers_masks
         from rtk.integrations.transformers_attention import attention
-        from rtk.integrations.transformers_masks import make_mask
 
-        AttentionMaskInterface.register(NAME, make_mask)
+        transformers_masks.checks_padding = check_padding
+        AttentionMaskInterface.register(NAME, transformers_masks.make_mask)
         AttentionInterface.register(NAME, attention)
 
 

@@ -2,56 +2,114 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from rtk import counters, driver, zeroed
-from rtk.arrays import library
-from rtk.repeats import ALIGNMENT, Known
+from rtk import driver, zeroed
+from rtk.counters import count_repeat
+from rtk.launch import Recent
+from rtk.repeats import Known, find, is_current, usual
 from rtk.torch.operators import PLAIN, watched
 
-_library = library("torch")
 _device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 
-class TorchKind:
-    def key(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
-        if watched() or type(k) not in PLAIN or type(v) not in PLAIN:
-            return None
-        if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
-            return None
-        # (Tensors that are negated when read have rows with gaps, and a call with such rows is never remembered; but
-        # for what as_strided makes of them.)
-        try:
-            return (
-                q.shape, q.stride(), q.dtype, q.get_device(),
-                k.shape, k.stride(), k.dtype, k.get_device(),
-                v.shape, v.stride(), v.dtype, v.get_device(),
-            )  # fmt: skip
-        except RuntimeError:  # a sparse tensor has no strides
-            return None
+def _memory() -> Any:
+    """How compiled programs of torch's allocate on the current GPU: without the dispatcher, in half of its time."""
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return getattr(guards, "_empty_strided_cuda", None) or functools.partial(_empty_strided, device="cuda")
 
-    def call(self, known: Known, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
-        q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        if (q_at | k_at | v_at) % ALIGNMENT or not (q_at and k_at and v_at) or _device() != known.device:
-            return None
-        return self.run(known, q, k, v, None, None, return_lse)
+
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+_empty = _memory()
+
+# What compiled programs of torch's look at their inputs with: a look at three tensors is one call. It compares types,
+# shapes, strides, dtypes, devices, whether gradients are wanted, and the modes that want to see the call.
+_TensorGuards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+_GUARDED = 4  # calls with the same options that are found so; others are looked up by a key
+_OPTIONS_REMEMBERED = 256
+_TURNS = 64  # after so many lookups a call gets the place of another one
+
+_Guarded = tuple[tuple[Any, Known], ...]
+
+
+class TorchKind:
+    def __init__(self) -> None:
+        self._guarded: Recent[Any, _Guarded] = Recent(_OPTIONS_REMEMBERED)
+        self._lookups = itertools.count()
+
+    def find(self, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Known | None, Any]:
+        if forward_ad._current_level >= 0 or not usual(*options):
+            return None, None
+        guarded = self._guarded.get(options)
+        if guarded is not None:
+            for check, known in guarded:
+                if check(q, k, v):
+                    if is_current(known):
+                        return known, None
+                    break
+        key = None if watched() else _key(q, k, v, options)
+        found = None if key is None else find(key)
+        if found is not None and _TensorGuards is not None and type(q) is type(k) is type(v) is Tensor:
+            self._guard(q, k, v, options, found)
+        return found, key
+
+    def _guard(self, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], known: Known) -> None:
+        others = [x for x in self._guarded.get(options) or () if is_current(x[1])]
+        if len(others) < _GUARDED or next(self._lookups) % _TURNS == 0:
+            plain = [x.detach() for x in (q, k, v)]  # they want no gradients, nor may those that pass the look
+            sizes, strides = [list(x.size()) for x in plain], [list(x.stride()) for x in plain]
+            guards = _TensorGuards(*plain, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+            self._guarded.put(options, (*others[1 - _GUARDED :], (guards.check, known)))
+
+    def forget(self) -> None:
+        self._guarded.clear()
 
     def run(self, known: Known, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, return_lse: bool) -> Any:
         plan, device = known.plan, known.device
+        here = _device() == device
         if out is None:
-            out = torch.empty_like(q) if known.like_q else _library.result(q, known.o_shape[3])
-        if return_lse and lse is None:
-            lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device)
-        stream, here, counter = _stream(device), _device() == device, None
+            if here:
+                out = _empty(known.o_shape, known.o_strides, q.dtype)
+            else:
+                out = _empty_strided(known.o_shape, known.o_strides, q.dtype, q.device)
+        lse_at = 0
+        if return_lse:
+            if lse is None:
+                lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device)
+            lse_at = lse.data_ptr()
+        stream, counter = _stream(device), None
         if plan.counts:
-            counter = zeroed.word(device, _capturing() if here else driver.is_capturing(stream))
-        lse_at = lse.data_ptr() if return_lse else 0
+            # (The null stream is never captured, and asking takes as long as three tensors' addresses.)
+            counter = zeroed.word(device, stream != 0 and (_capturing() if here else driver.is_capturing(stream)))
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_at, 0, 0)
-        plan.launch(addresses, stream, counter, here=here)
-        counters.count_repeat()
+        plan.launch(addresses, stream, counter, here)
+        count_repeat()
         return (out, lse) if return_lse else out
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if type(k) not in PLAIN or type(v) not in PLAIN:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    # (Tensors that are negated when read have rows with gaps, and a call with such rows is never remembered; but for
+    # what as_strided makes of them.)
+    try:
+        return (
+            q.size(), q.stride(), q.dtype, q.get_device(),
+            k.size(), k.stride(), k.dtype, k.get_device(),
+            v.size(), v.stride(), v.dtype, v.get_device(), options,
+        )  # fmt: skip
+    except RuntimeError:  # a sparse tensor has no strides
+        return None

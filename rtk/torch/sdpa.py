@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rtk import repeats
 from rtk.api import attention
 from rtk.problem import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from rtk.torch import served
@@ -38,12 +39,30 @@ def scaled_dot_product_attention(
     top-left, as in torch. Calls that rtk's kernel cannot serve (a mask, dropout, float32, another GPU, …) go to torch's
     own function; `rtk.torch.stats()` counts them by reason, and each reason is logged once.
     """
+    if attn_mask is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
+        o = _again(query, key, value, is_causal, scale, enable_gqa)
+        if o is not None:
+            return o
     reason = why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         served.count_fallback(reason)
         return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     served.count_native()
-    o: Tensor = attention(query, key, value, causal=is_causal, causal_align="top-left", softmax_scale=scale)
+    return attention(query, key, value, causal=is_causal, causal_align="top-left", softmax_scale=scale)
+
+
+def _again(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool) -> Any:
+    """The result of a call that rtk.attention has served before; None where it has not.
+
+    What it has served it need not be asked about again, but for what torch minds and rtk does not.
+    """
+    if not _flash_is_enabled() or type(query) not in PLAIN:
+        return None
+    if not enable_gqa and not (type(key) in PLAIN and query.dim() == key.dim() == 4 and query.size(1) == key.size(1)):
+        return None
+    o, _ = repeats.repeat(query, key, value, (False, is_causal, "top-left", None, scale, 0.0, "bhsd", False, 0))
+    if o is not None:
+        served.count_native()
     return o
 
 
