@@ -110,8 +110,9 @@ def _serve(torch: Any, key: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
     if torch is not None and isinstance(q, getattr(torch, "Tensor", ())):
         from rtk.torch import operators
 
-        if operators.needs_dispatcher(q, k, v):
-            return operators.attention(q, k, v, **options)
+        interest = operators.interest(q, k, v)
+        if interest:
+            return operators.attention(q, k, v, **options, interest=interest)
     return ops.attention_fwd(q, k, v, **options, remember_as=key)
 
 

@@ -25,8 +25,8 @@ class _Words:
 
     def __init__(self, device: int) -> None:
         self._device = device
-        ring = driver.allocate_zeroed(_RING_WORDS * _WORD_BYTES, device)
-        addresses = range(ring, ring + _RING_WORDS * _WORD_BYTES, _WORD_BYTES)
+        self.ring = driver.allocate_zeroed(_RING_WORDS * _WORD_BYTES, device)
+        addresses = range(self.ring, self.ring + _RING_WORDS * _WORD_BYTES, _WORD_BYTES)
         # Round and round; one step of the interpreter's, so that threads need no lock.
         self.passing = itertools.chain.from_iterable(itertools.repeat(addresses)).__next__
         self._kept: list[int] = []

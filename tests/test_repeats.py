@@ -20,7 +20,7 @@ from rtk.launch import MisalignedError, Plan
 
 torch = pytest.importorskip("torch")
 
-from rtk.torch import quick  # noqa: E402
+from rtk.torch import operators, quick  # noqa: E402
 
 
 class PretendedPlan:
@@ -236,6 +236,29 @@ def test_gradients_wanted_since(pretended: Any) -> None:
         with pytest.raises(UnsupportedError, match="tangent"):
             rtk.attention(dual, *inputs()[1:])
     assert len(plan.seen) == 4
+
+
+def test_gradients_of_a_known_call(pretended: Any) -> None:
+    """Its forward is a launch; what the launch wrote is what the backward gets, and no option is checked again."""
+    x = [y.requires_grad_() for y in inputs()]
+    with torch.no_grad():
+        plan = known(x, (True, True, *OPTIONS[2:]))
+    saved: list[Any] = []
+    pretended.setattr(
+        operators.backward, "attention_bwd", lambda *given, **options: saved.append((given, options)) or x
+    )
+    o, lse = rtk.attention(*x, causal=True, return_lse=True)
+    assert len(plan.seen) == 1 and plan.seen[0][0][3:5] == (o.data_ptr(), lse.data_ptr())
+    alone = rtk.attention(*x, causal=True)
+    assert len(plan.seen) == 2 and alone.requires_grad
+    (o.sum() + lse.sum() + alone.sum()).backward()
+    assert len(saved) == 2 and all(options["causal"] and not options["top_left"] for _, options in saved)
+    assert {given[5].data_ptr() for given, _ in saved} == {o.data_ptr(), alone.data_ptr()}
+    assert all(torch.equal(y.grad, 2 * y) for y in x)
+    odd = torch.empty(x[0].numel() + 1, dtype=x[0].dtype)[1:].view(x[0].shape).requires_grad_()
+    assert rtk.attention(odd, *x[1:], causal=True).requires_grad and len(plan.seen) == 2, "by the long way"
+    with pytest.raises(ArgumentError, match="causal"):
+        rtk.attention(*x, causal=1)
 
 
 def known_without_gradients(x: list[Any]) -> PretendedPlan:

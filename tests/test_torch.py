@@ -384,7 +384,7 @@ def test_modes_see_the_operator() -> None:
         rtk.attention(*tensors())
     assert "rtk.attention_fwd.default" in seen
     plain = tensors()
-    assert not operators.needs_dispatcher(*plain) and operators.needs_dispatcher(plain[0].requires_grad_())
+    assert not operators.interest(*plain) and operators.interest(plain[0].requires_grad_()) == "autograd"
 
 
 # --- scaled_dot_product_attention ------------------------------------------------------------------------------------

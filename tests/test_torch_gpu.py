@@ -256,6 +256,33 @@ def test_plan() -> None:
     assert torch.equal(out, rtk.attention(q, k, v, causal=True))
 
 
+def test_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    here = torch.cuda.current_device()
+    there = (here + 1) % torch.cuda.device_count()
+    x = tensors(grad=True)
+    y = [z.detach().to(there).requires_grad_() for z in x]
+    plan = rtk.plan(*y, causal=True)
+    for _ in range(4):  # the long way, then the short ones
+        with torch.no_grad():
+            expected = rtk.attention(*x, causal=True)
+            for got in (rtk.attention(*y, causal=True), plan(*y), plan(*y, torch.empty_like(y[0]))):
+                assert got.get_device() == there and torch.equal(got.to(here), expected)
+            drop_in = rtk.torch.scaled_dot_product_attention(*y, is_causal=True, enable_gqa=True)
+            assert drop_in.get_device() == there and torch.equal(drop_in.to(here), expected)
+            with torch.cuda.device(there):
+                assert torch.equal(rtk.attention(*y, causal=True).to(here), expected)
+                assert torch.equal(rtk.attention(*x, causal=True), expected)
+        for z in (x, y):
+            rtk.attention(*z, causal=True).square().sum().backward()
+        assert all(torch.equal(a.grad, b.grad.to(here)) for a, b in zip(x, y, strict=True))
+        assert torch.cuda.current_device() == here
+    side = torch.cuda.Stream(there)
+    with torch.cuda.stream(side), torch.no_grad():
+        assert torch.equal(rtk.attention(*y, causal=True).to(here), expected)
+
+
 def test_threads_on_streams_of_their_own() -> None:
     shapes = [tensors(lengths=(n, n), seed=n) for n in (64, 200, 777, 1500)]
     expected = [rtk.attention(*x, causal=True) for x in shapes]

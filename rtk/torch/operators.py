@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from rtk import ops, repeats
 from rtk.arrays import library
 from rtk.errors import ArgumentError, UnsupportedError
+from rtk.launch import MisalignedError
 from rtk.problem import check_numbers, check_words, window_bounds
 from rtk.torch import backward
 
@@ -60,7 +61,7 @@ def _fwd(
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     align = "top-left" if top_left else "bottom-right"
-    window = None if window_left is None and window_right is None else (window_left, window_right)
+    window = _window(window_left, window_right)
     with torch.no_grad():  # what the backward needs is saved by autograd's own part
         found = key = None
         if kv_first is None and kv_end is None and not config:
@@ -236,14 +237,18 @@ class _Direct(torch.autograd.Function):  # type: ignore[misc]
     """The same gradients where nothing but autograd wants to see the call: the dispatcher's part in it takes 0.1 ms."""
 
     @staticmethod
-    def forward(ctx: Any, options: dict[str, Any], *tensors: Any) -> Any:
-        o, lse = _fwd(*tensors, **options)
-        _save(ctx, tensors, options, (o, lse))
-        return o, lse
+    def forward(ctx: Any, options: dict[str, Any], known: repeats.Known | None, *tensors: Any) -> Any:
+        if known is None:
+            results = _fwd(*tensors, **options)
+        else:
+            q, k, v, *_ = tensors
+            results = repeats.kinds[type(q)].run(known, q, k, v, None, None, return_lse=True)
+        _save(ctx, tensors, options, results)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *_differentiate(ctx, grads[0], grads[1], _direct_backward)
+        return None, None, *_differentiate(ctx, grads[0], grads[1], _direct_backward)
 
 
 def _direct_backward(options: dict[str, Any], *tensors: Any) -> Any:
@@ -273,12 +278,14 @@ def watched() -> bool:
     )
 
 
-def needs_dispatcher(*tensors: Any) -> bool:
-    """Whether anything of torch wants to see the call: what watches all calls, a gradient, a subclass."""
+def interest(*tensors: Any) -> str:
+    """What of torch wants to see the call: "dispatcher", only "autograd", or nothing: ""."""
     if torch.compiler.is_compiling() or watched():
-        return True
-    grad = torch.is_grad_enabled()
-    return any(isinstance(x, Tensor) and ((grad and x.requires_grad) or type(x) not in PLAIN) for x in tensors)
+        return "dispatcher"
+    ours = [x for x in tensors if isinstance(x, Tensor)]
+    if any(type(x) not in PLAIN for x in ours):
+        return "dispatcher"
+    return "autograd" if torch.is_grad_enabled() and any(x.requires_grad for x in ours) else ""
 
 
 def attention(
@@ -298,8 +305,15 @@ def attention(
     config: Any,
     batch_invariant: bool,
     sm_margin: int,
+    interest: str,
 ) -> Any:
-    """rtk.attention through the operator: arguments as there."""
+    """rtk.attention for whom `interest` names: arguments as there."""
+    direct = interest == "autograd"
+    if direct and layout == "bhsd" and out is kv_range is config is None:
+        meaning = (causal, causal_align, window_size, softmax_scale, softcap)
+        found = _again(q, k, v, meaning, batch_invariant, sm_margin)
+        if found is not None:
+            return found if return_lse else found[0]
     if not torch.compiler.is_compiling():  # a trace meets wrong arguments when the kernel runs
         _check_tensors(q, k, v)
         check_words(causal, causal_align, layout)
@@ -311,29 +325,54 @@ def attention(
     swapped = layout == "bshd"
     if swapped:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    left, right = (None if side is None or side >= _FAR else side for side in window_bounds(window_size))
     first, end = _bounds(kv_range)
-    options = {
+    meaning = (causal, causal_align, window_size, softmax_scale, softcap)
+    options = _options(meaning, batch_invariant, sm_margin) | {"config": _as_text(config)}
+    if torch.compiler.is_compiling():
+        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
+    elif _transforms():
+        o, lse = _Transformable.apply(options, q, k, v, first, end)
+    elif direct:
+        o, lse = _Direct.apply(options, None, q, k, v, first, end)
+    else:
+        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
+    o = o.transpose(1, 2) if swapped else o
+    return (o, lse) if return_lse else o
+
+
+def _again(q: Tensor, k: Tensor, v: Tensor, meaning: tuple[Any, ...], batch_invariant: bool, sm_margin: int) -> Any:
+    """(o, lse), differentiable, of a call whose forward was made before and need not be checked; None of another."""
+    kind = repeats.kinds.get(type(q))
+    if kind is None:
+        return None
+    with torch.no_grad():
+        known, _ = kind.find(q, k, v, (True, *meaning, "bhsd", batch_invariant, sm_margin))
+    if known is None:
+        return None
+    try:
+        return _Direct.apply(_options(meaning, batch_invariant, sm_margin), known, q, k, v, None, None)
+    except MisalignedError:
+        return None
+
+
+def _options(meaning: tuple[Any, ...], batch_invariant: bool, sm_margin: int) -> dict[str, Any]:
+    """The operator's options, of rtk.attention's (causal, causal_align, window_size, softmax_scale, softcap)."""
+    causal, causal_align, window_size, softmax_scale, softcap = meaning
+    left, right = (None if side is None or side >= _FAR else side for side in window_bounds(window_size))
+    return {
         "causal": causal,
         "top_left": causal_align == "top-left",
         "window_left": left,
         "window_right": right,
         "softmax_scale": softmax_scale,
         "softcap": softcap,
-        "config": _as_text(config),
         "batch_invariant": batch_invariant,
         "sm_margin": sm_margin,
     }
-    if torch.compiler.is_compiling():
-        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
-    elif _transforms():
-        o, lse = _Transformable.apply(options, q, k, v, first, end)
-    elif not watched() and all(type(x) in PLAIN for x in (q, k, v)):
-        o, lse = _Direct.apply(options, q, k, v, first, end)
-    else:
-        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
-    o = o.transpose(1, 2) if swapped else o
-    return (o, lse) if return_lse else o
+
+
+def _window(left: int | None, right: int | None) -> tuple[int | None, int | None] | None:
+    return None if left is None and right is None else (left, right)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
