@@ -98,16 +98,15 @@ def _floors(plan: Any, arrays: Sequence[Any]) -> dict[str, Callable[[], Any]]:
     plan(*arrays)
     torch.cuda.synchronize()
     launch = plan._known.plan._ready[0].launch
-    handle, places = launch._function.handle, launch._places
     ways: dict[str, Callable[[], Any]] = {
-        "launch alone, ctypes": lambda: driver.library().cuLaunchKernelEx(*places),
+        "launch alone, ctypes": launch.call,
         "torch.empty_like": lambda: torch.empty_like(arrays[0]),
     }
     with contextlib.suppress(ImportError):
         from cuda.bindings import driver as bindings
 
         config = bindings.CUlaunchConfig(_ptr=ctypes.addressof(launch._config))
-        function = bindings.CUfunction(handle.value)
+        function = bindings.CUfunction(launch._function.handle.value)
         at = ctypes.addressof(launch._arguments)
         ways["launch alone, cuda-bindings"] = lambda: bindings.cuLaunchKernelEx(config, function, at, 0)
     return ways

@@ -181,18 +181,18 @@ class Launch:
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._argument))
         self._config = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared_bytes, 0, 0, 0)
         self._stream = 0
-        self._call = library().cuLaunchKernelEx
-        self._places = (ctypes.byref(self._config), function.handle, self._arguments, None)
+        places = (ctypes.byref(self._config), function.handle, self._arguments, None)
+        self.call = functools.partial(library().cuLaunchKernelEx, *places)
 
     def start(self, stream: int, here: bool = False) -> None:
         """Puts the kernel on the stream. `here`: the device is the thread's current one, which spares asking."""
         if stream != self._stream:
             self._config.stream = self._stream = stream
-        code = self._call(*self._places) if here else _NO_CONTEXT
+        code = self.call() if here else _NO_CONTEXT
         if code:
             if code in (_NO_CONTEXT, _OTHER_CONTEXT):  # a thread's first call, or another library's context
                 with on_device(self._function.ordinal):
-                    code = self._call(*self._places)
+                    code = self.call()
             if code:
                 raise failed("cuLaunchKernelEx", code)
         if self._debug:

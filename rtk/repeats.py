@@ -8,6 +8,7 @@ that wants to see the call) goes the long way, through rtk.ops.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Protocol
 
 from rtk import counters, driver, zeroed
@@ -141,14 +142,15 @@ def kind_of(library: Any) -> Kind:
     return CupyKind(library.cupy)
 
 
-def _strides(array: Any) -> Any:
-    """What tells strides apart; most arrays have none to tell."""
-    return getattr(array, "_c_contiguous", False) or array.strides
+def _unknown(array: Any) -> bool:
+    return False
 
 
 class CupyKind:
     def __init__(self, cupy: Any) -> None:
         self._ndarray = cupy.ndarray
+        # Most arrays have no gaps, which is quicker to ask than what their strides are.
+        self._dense = operator.attrgetter("_c_contiguous") if hasattr(cupy.ndarray, "_c_contiguous") else _unknown
         self._float32 = cupy.dtype("float32")
         self._device = cupy.cuda.runtime.getDevice
         self._stream = cupy.cuda.get_current_stream
@@ -157,8 +159,12 @@ class CupyKind:
     def find(self, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Known | None, Any]:
         if type(k) is not self._ndarray or type(v) is not self._ndarray or not usual(*options):
             return None, None
-        shapes = (q.shape, _strides(q), k.shape, _strides(k), v.shape, _strides(v))
-        key = (*shapes, q.dtype, k.dtype, v.dtype, q.data.device_id, k.data.device_id, v.data.device_id, options)
+        dense = self._dense
+        key = (
+            q.shape, dense(q) or q.strides, q.dtype, q.data.device_id,
+            k.shape, dense(k) or k.strides, k.dtype, k.data.device_id,
+            v.shape, dense(v) or v.strides, v.dtype, v.data.device_id, options,
+        )  # fmt: skip
         return find(key), key
 
     def forget(self) -> None:
