@@ -2,6 +2,7 @@
 
     python -m rtk.benchmarks.in_torch OUT.json [--layers 8]
 
+A run is added to those in OUT.json: hosts differ, and what a call costs is told beside what torch's own costs there.
 CPU time is the median over rounds of the time in which a loop of calls returns, results and all, while the GPU is kept
 behind; the model is a stack of Llama-8B's blocks with random weights in bfloat16, forward, whose attention goes through
 torch's scaled_dot_product_attention, as torch chooses, as cuDNN's, and patched.
@@ -48,7 +49,8 @@ def main() -> None:
         "tokens_per_s": {str(tokens): tokens_per_s(tokens, given.layers) for tokens in _TOKENS},
         "layers": given.layers,
     }
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    runs = json.loads(given.out.read_text())["runs"] if given.out.exists() else []
+    given.out.write_text(json.dumps({"runs": [*runs, result]}, indent=1) + "\n")
     print(json.dumps({name: result[name] for name in ("cpu_us", "tokens_per_s")}, indent=1))
 
 

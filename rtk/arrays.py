@@ -252,7 +252,7 @@ class TorchLibrary:
             raise UnsupportedError(
                 argument,
                 "a tensor that requires grad",
-                "tensors without grad: the kernel has no backward",
+                "tensors without grad: a plan and a kernel of one's own have no backward, rtk.attention has",
                 "Call it under torch.no_grad(), or detach() the tensor.",
             )
         if self.forward_ad._current_level >= 0 and self.forward_ad.unpack_dual(array).tangent is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
@@ -86,7 +87,8 @@ def test_what_is_timed_is_the_time(torch, gpu, folder):
     ours, theirs = [], []
     with trial.entered(gpu.index, SPEC, problem) as trying:
         trying.add(0, config)
-        for _ in range(10):
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
             ours += trying.measure([0], 9)[0]
             theirs += timing.interleaved({"rtk": calls}, 9)["rtk"].us_rounds
             if min(ours) == pytest.approx(min(theirs), rel=0.1):

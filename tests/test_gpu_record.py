@@ -27,7 +27,7 @@ ALLOWED_SKIPS = {
 # Tests that may have failed once before they passed, and why: {} is the only good answer.
 ALLOWED_RETRIES: dict[str, str] = {}
 # Files whose tests ran on a GPU, but not yet in a recorded run; an entry that is recorded must go.
-UNRECORDED: tuple[str, ...] = ("tests/test_torch_gpu.py", "tests/test_transformers_gpu.py")
+UNRECORDED: tuple[str, ...] = ()
 EXAMPLES, EXAMPLES_ONCE = 2000, 20_000
 DEFECTS_CAUGHT = 12
 SANITIZERS = {"memcheck", "racecheck", "synccheck"}

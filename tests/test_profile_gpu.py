@@ -29,8 +29,10 @@ def test_a_call_of_ours(ncu, tmp_path, capsys):
     assert main(["profile", "--shape", SHAPE, "--json", "--export", str(tmp_path / "kept")]) == 0
     found = json.loads(capsys.readouterr().out)
     cell = measure.Cell("attention_fwd", shapes.parse(SHAPE))
-    (timed,) = measure.times(cell, measure.Bench("own", {"rtk": peers.known()["rtk"]}, 3, 60 << 20))
-    assert 0.5 * timed["us"] < found["duration_us"] < 3 * timed["us"]
+    bench = measure.Bench("own", {"rtk": peers.known()["rtk"]}, 3, 60 << 20)
+    # Other tests use the GPU too, and make the one time or the other longer: the quickest of some counts.
+    us = min(timed["us"] for _ in range(5) for timed in measure.times(cell, bench))
+    assert 0.5 * us < found["duration_us"] < 3 * us
     assert found["kernel"].startswith("attention_fwd_bf16_d128") and found["kernels"] == 1
     assert 0 < found["registers_per_thread"] <= 168 and found["local_loads"] == found["local_stores"] == 0
     assert found["tensor_pct"] > 20 and 0 < found["xu_pct"] <= 100 and 0 < found["issue_pct"] <= 100

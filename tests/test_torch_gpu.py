@@ -263,7 +263,7 @@ def test_another_device_than_the_current_one() -> None:
     there = (here + 1) % torch.cuda.device_count()
     x = tensors(grad=True)
     y = [z.detach().to(there).requires_grad_() for z in x]
-    plan = rtk.plan(*y, causal=True)
+    plan = rtk.plan(*(z.detach() for z in y), causal=True)
     for _ in range(4):  # the long way, then the short ones
         with torch.no_grad():
             expected = rtk.attention(*x, causal=True)
@@ -276,7 +276,8 @@ def test_another_device_than_the_current_one() -> None:
                 assert torch.equal(rtk.attention(*x, causal=True), expected)
         for z in (x, y):
             rtk.attention(*z, causal=True).square().sum().backward()
-        assert all(torch.equal(a.grad, b.grad.to(here)) for a, b in zip(x, y, strict=True))
+        for a, b in zip(x, y, strict=True):  # (torch's backward adds up in any order)
+            torch.testing.assert_close(a.grad, b.grad.to(here), rtol=0.02, atol=0.05)
         assert torch.cuda.current_device() == here
     side = torch.cuda.Stream(there)
     with torch.cuda.stream(side), torch.no_grad():
