@@ -36,7 +36,7 @@ def adopt(array: Any, argument: str, dtypes: tuple[str, ...] = DTYPES) -> Adopte
     try:
         if type(array).__name__.endswith("Tracer") and type(array).__module__.startswith("jax"):
             received, accepted = "a JAX array that is traced (jax.jit, grad, vmap)", "an array with memory"
-            hint = "Call it outside of jit, or by jax.pure_callback, which copies through the host."
+            hint = "Call it outside of jit, between what is compiled."
             raise UnsupportedError(argument, received, accepted, hint)
         if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
             accepted = "an array of NumPy, CuPy, torch or any library with __dlpack__"

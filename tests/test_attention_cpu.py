@@ -421,7 +421,5 @@ def test_jax_on_the_cpu(dtype: str) -> None:
     judge((o, lse), arrays, causal=True)
     with jax.default_device(jax.devices("cpu")[0]):
         q, k, v = map(jax.numpy.asarray, arrays)
-        with pytest.raises(UnsupportedError, match=r"q: received a JAX array that is traced.*jax\.pure_callback"):
+        with pytest.raises(UnsupportedError, match=r"q: received a JAX array that is traced.*outside of jit"):
             jax.jit(rtk.attention)(q, k, v)
-        called = jax.jit(lambda *x: jax.pure_callback(lambda *y: rtk.attention(*y, causal=True), o, *x))(q, k, v)
-    assert np.array_equal(np.asarray(called), np.asarray(o))

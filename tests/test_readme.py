@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +201,11 @@ def test_what_a_call_costs_is_what_was_measured():
     assert all(
         speeds["rtk"] > max(speeds["sdpa"], speeds["cudnn"]) for run in runs for speeds in run["tokens_per_s"].values()
     )
+
+
+def test_the_gpt_of_the_example_learns_alike():
+    losses = json.loads((RESULTS / "train_gpt.json").read_text())["losses"]
+    rtk, torch, reordered = (losses[name][-50:] for name in ("rtk", "torch", "torch, reordered"))
+    assert len(losses["rtk"]) == 600 and rtk[-1] < 0.1 * losses["rtk"][0]
+    apart = [statistics.mean(abs(a - b) for a, b in zip(torch, other, strict=True)) for other in (rtk, reordered)]
+    assert apart[0] < apart[1], "by no more than chance makes two runs differ"
