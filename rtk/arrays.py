@@ -67,6 +67,9 @@ class Library(Protocol):
     def assign(self, target: Any, source: Any) -> None:
         """target[...] = source, where source is of the same library."""
 
+    def written(self, array: Any) -> None:
+        """Says to the library that a kernel writes to the array, where it wants to know."""
+
     def fill(self, array: Any, value: float) -> None: ...
     def writable(self, array: Any) -> bool:
         """Whether the array may be written to."""
@@ -113,6 +116,9 @@ class NumpyLibrary:
 
     def assign(self, target: Any, source: Any) -> None:
         target[...] = source
+
+    def written(self, array: Any) -> None:
+        pass
 
     def fill(self, array: Any, value: float) -> None:
         array.fill(value)
@@ -204,6 +210,9 @@ class CupyLibrary:
         with target.device:
             target[...] = source
 
+    def written(self, array: Any) -> None:
+        pass
+
     def fill(self, array: Any, value: float) -> None:
         with array.device:
             array.fill(value)
@@ -293,6 +302,9 @@ class TorchLibrary:
     def assign(self, target: Any, source: Any) -> None:
         with self.torch.inference_mode():  # also where the target is an inference tensor
             target.copy_(source)
+
+    def written(self, array: Any) -> None:
+        self.torch.autograd.graph.increment_version(array)  # autograd's: it may have saved what was there
 
     def fill(self, array: Any, value: float) -> None:
         with self.torch.no_grad():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from rtk import arrays, ops, repeats, tma
 from rtk.errors import ArgumentError
-from rtk.operands import view_of
+from rtk.operands import overlap, view_of
 from rtk.problem import to_bhsd
 
 
@@ -63,15 +64,19 @@ class AttentionPlan:
 
     def _check(self, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
         given = {"q": q, "k": k, "v": v} | {name: x for name, x in (("out", out), ("lse", lse)) if x is not None}
+        views: dict[str, arrays.View] = {}
         for name, x in given.items():
             if arrays.library_of(x) is not self._library:
                 accepted = f"an array of {self._library.name}, as the plan was made for"
                 raise ArgumentError(name, f"an object of type {type(x).__name__}", accepted)
-            view = view_of(self._library, x, name)
+            view = views[name] = view_of(self._library, x, name)
             if _place(view) != self._like[name]:
                 raise ArgumentError(name, _said(_place(view)), f"{_said(self._like[name])}, as the plan was made for")
             if view.pointer % tma.STRIDE_MULTIPLE_BYTES and self._known is not None:
                 raise ArgumentError(name, f"an array at address {view.pointer:#x}", "a multiple of 16 bytes")
+        for result, other in itertools.product(("out", "lse"), views):
+            if result in views and result != other and overlap(views[result], views[other]):
+                raise ArgumentError(result, f"memory that {other} has a part in", "memory that no other array shares")
 
 
 def _place(view: arrays.View) -> tuple[Any, ...]:

@@ -10,6 +10,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from rtk.errors import ToolchainError
+
 enabled = os.environ.get("RTK_NVTX", "0") not in ("", "0")
 
 
@@ -22,7 +24,10 @@ def enable(on: bool = True) -> None:
 @contextlib.contextmanager
 def span(title: str) -> Iterator[None]:
     """A range of the calling thread's for the block."""
-    from cupy.cuda import nvtx
+    try:
+        from cupy.cuda import nvtx
+    except ImportError as error:
+        raise ToolchainError(f"NVTX ranges are pushed by CuPy: {error}", 'pip install "rtk-kernels[cuda12]"') from None
 
     nvtx.RangePush(title)
     try:

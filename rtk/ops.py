@@ -214,11 +214,12 @@ def _on_gpu(
     plan = _plan(problem, operands, target_view, layout, choices)
     lse_pointer = 0 if lse is None else library.view(lse, "lse").pointer
     plan.run(library, (*(view.pointer for view in operands.views), target_view.pointer, lse_pointer, *bounds))
-    if library.name in ("torch", "cupy") and type(operands.arrays[0]) not in repeats.kinds:
-        repeats.learn(library)
+    repeats.learn(library)
     if remember_as is not None and in_place:
         repeats.remember(remember_as, repeats.Known(plan, target_view, problem.lse_shape, stamp))
-    if out is not None and target is not out:
+    if out is not None and target is out:
+        library.written(out)
+    elif out is not None:
         library.keep_for_graph(target)
         library.assign(out, target)
         target = out

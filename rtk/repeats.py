@@ -125,12 +125,11 @@ def forget() -> None:
 
 
 def learn(library: Any) -> None:
-    """From now on calls with this library's arrays may be repeated."""
-    kind = kind_of(library)
-    if library.name == "torch":
-        kinds.update(dict.fromkeys((library.torch.Tensor, library.torch.nn.Parameter), kind))
-    else:
-        kinds[library.cupy.ndarray] = kind
+    """From now on calls with this library's arrays may be repeated, if it is torch or CuPy."""
+    if library.name == "torch" and library.torch.Tensor not in kinds:
+        kinds.update(dict.fromkeys((library.torch.Tensor, library.torch.nn.Parameter), kind_of(library)))
+    elif library.name == "cupy" and library.cupy.ndarray not in kinds:
+        kinds[library.cupy.ndarray] = kind_of(library)
 
 
 def kind_of(library: Any) -> Kind:

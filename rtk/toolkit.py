@@ -115,6 +115,9 @@ def run(
         views[name] = library.view(results[name], name, ANY_DTYPES)
     counters.add("calls")
     call.plan.run(library, [views[name].pointer if name in views else 0 for name in call.plan.arrays])
+    for name in call.written:
+        if name not in call.made:
+            library.written(arrays[name])
     return {name: results[name] for name in call.written}
 
 

@@ -76,6 +76,9 @@ class Library:
     def writable(self, array: Any) -> bool:
         return True
 
+    def written(self, array: Any) -> None:
+        pass
+
 
 WORDS = 1 << 40  # where the words for counters lie
 _taken: set[int] = set()

@@ -88,6 +88,15 @@ def test_a_launch_gets_the_addresses(monkeypatch: Any) -> None:
     for (addresses, *rest), results in zip(seen, wanted, strict=True):
         assert addresses == (*(x.data_ptr() for x in (q, k, v, *results)), 0, 0)
         assert rest == [5, None, True]
+    with pytest.raises(ArgumentError, match=r"out: received memory that q has a part in"):
+        plan(q, k, v, q, check=True)
+    versions = out._version, lse._version
+    weights = torch.randn_like(out).requires_grad_()
+    loss = (out * weights).sum()
+    plan(q, k, v, out, lse)
+    assert (out._version, lse._version) == (versions[0] + 1, versions[1] + 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     with pytest.raises(ArgumentError, match=r"out: received .*as the plan was made for"):
         plan(q, k, v, out.float(), check=True)
     with pytest.raises(ArgumentError, match="a multiple of 16 bytes"):

@@ -161,6 +161,7 @@ def test_another_tensor_is_another_call(pretended: Any, guarded: bool) -> None:
         (q[:1], k[:1], v[:1]),
         (q.bfloat16(), k.bfloat16(), v.bfloat16()),
         (torch.nn.Parameter(q), k, v),
+        (torch._neg_view(q), k, v),
     ):
         rtk.attention(*others)
     odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
@@ -173,6 +174,7 @@ def test_another_tensor_is_another_call(pretended: Any, guarded: bool) -> None:
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_what_watches_sees_the_call(pretended: Any, guarded: bool) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -187,6 +189,11 @@ def test_what_watches_sees_the_call(pretended: Any, guarded: bool) -> None:
         plan.seen.clear()
     with Watch():
         rtk.attention(*x)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):  # torch's own modes, which its looks do not see
+        rtk.attention(*x)
+    for pre_dispatch in (False, True):
+        traced = make_fx(lambda q: rtk.attention(q, x[1], x[2]) * 2, pre_dispatch=pre_dispatch)(x[0])
+        assert "attention_fwd" in traced.code, "not a constant"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert rtk.attention(*x).dtype == torch.bfloat16
     torch.vmap(lambda q: rtk.attention(q, x[1], x[2]))(x[0][None])
@@ -226,7 +233,9 @@ def test_gradients_wanted_since(pretended: Any) -> None:
     with torch.no_grad():
         for _ in range(3):
             rtk.attention(*x)
-    assert len(plan.seen) == 3
+            rtk.attention(*(y.detach() for y in x))  # found by a look from the second on
+    assert len(plan.seen) == 6 and len(KIND._guarded.get(OPTIONS)) == 1
+    plan.seen[3:] = []
     assert rtk.attention(*x).requires_grad and len(plan.seen) == 3
     with torch.inference_mode():
         rtk.attention(*x)
@@ -257,8 +266,9 @@ def test_gradients_of_a_known_call(pretended: Any) -> None:
     assert all(torch.equal(y.grad, 2 * y) for y in x)
     odd = torch.empty(x[0].numel() + 1, dtype=x[0].dtype)[1:].view(x[0].shape).requires_grad_()
     assert rtk.attention(odd, *x[1:], causal=True).requires_grad and len(plan.seen) == 2, "by the long way"
-    with pytest.raises(ArgumentError, match="causal"):
-        rtk.attention(*x, causal=1)
+    for wrong in ({"causal": 1}, {"causal": True, "return_lse": "no"}):
+        with pytest.raises(ArgumentError, match=list(wrong)[-1]):
+            rtk.attention(*x, **wrong)
 
 
 def known_without_gradients(x: list[Any]) -> PretendedPlan:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -539,3 +543,40 @@ def test_somebody_else_patched_meanwhile(monkeypatch: Any) -> None:
     assert F.scaled_dot_product_attention is theirs
     monkeypatch.undo()
     F.scaled_dot_product_attention = original
+
+
+def test_a_batch_of_gradients() -> None:
+    """What torch maps over in the backward goes through the operator, which has a rule for it."""
+    x = [torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    o = rtk.attention(*x, causal=True)
+    batch = torch.randn(3, *o.shape, dtype=torch.float64)
+    expected = [torch.autograd.grad(o, x, g, retain_graph=True) for g in batch]
+    for got in (
+        torch.autograd.grad(o, x, batch, retain_graph=True, is_grads_batched=True),
+        torch.vmap(lambda g: torch.autograd.grad(o, x, g, retain_graph=True))(batch),
+    ):
+        for place, grads in enumerate(zip(*expected, strict=True)):
+            torch.testing.assert_close(got[place], torch.stack(grads))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_counting_after_a_fork_in_the_midst_of_a_count() -> None:
+    """A child's locks are new: those of its parent's other threads are held by nobody that is there."""
+    code = """if True:
+        import os, signal, sys
+        import rtk.torch
+        from rtk.torch import patching, served
+        with served._lock, patching._lock:
+            child = os.fork()
+            if not child:
+                signal.alarm(20)
+                served.count_native()
+                with rtk.torch.patched():
+                    pass
+                os._exit(rtk.torch.stats()["native"])
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).resolve().parents[1], timeout=120
+    )
+    assert done.returncode == 1

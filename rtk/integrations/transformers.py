@@ -23,6 +23,7 @@ mask is built instead. generate() drops a padding mask of ones by itself.
 
 from __future__ import annotations
 
+import os
 import threading
 
 from rtk.errors import ToolchainError
@@ -68,3 +69,12 @@ def _check_version() -> None:
     version: str = transformers.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         raise ToolchainError(f"the integration needs transformers 5.17 or newer, and {version} is installed", _FIX)
+
+
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

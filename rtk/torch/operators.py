@@ -252,8 +252,10 @@ class _Direct(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _direct_backward(options: dict[str, Any], *tensors: Any) -> Any:
-    # With create_graph a second derivative would be wanted of this one: the operator says that there is none.
-    return (_backward if torch.is_grad_enabled() else _plain_backward)(options, *tensors)
+    # With create_graph a second derivative would be wanted of this one: the operator says that there is none. And what
+    # watches, or gradients that are a batch of gradients, are the operator's too.
+    batched = any(_is_batch(x) for x in tensors[:2] if x is not None)
+    return (_backward if batched or torch.is_grad_enabled() or watched() else _plain_backward)(options, *tensors)
 
 
 def _plain_backward(options: dict[str, Any], *tensors: Any) -> Any:
@@ -265,16 +267,24 @@ def _plain_backward(options: dict[str, Any], *tensors: Any) -> Any:
 
 PLAIN = (Tensor, torch.nn.Parameter)
 # Names of torch._C: of torch 2.11 and later; what an older one lacks is not asked.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _autocast = getattr(torch._C, "_is_any_autocast_enabled", torch.is_autocast_enabled)
 _trace = getattr(torch._C, "_get_tracing_state", lambda: None)
+_included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
+_PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
+_is_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)  # of is_grads_batched
 
 
 def watched() -> bool:
     """Whether a mode, a transform, autocast or a trace wants to see what is called."""
     return bool(
-        _dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0 or _trace() is not None
+        modes()
+        or _transforms()
+        or _autocast()
+        or forward_ad._current_level >= 0
+        or _trace() is not None
+        or (_PRE_DISPATCH is not None and _included(_PRE_DISPATCH))  # torch.export, make_fx(pre_dispatch=True)
     )
 
 
@@ -309,7 +319,7 @@ def attention(
 ) -> Any:
     """rtk.attention for whom `interest` names: arguments as there."""
     direct = interest == "autograd"
-    if direct and layout == "bhsd" and out is kv_range is config is None:
+    if direct and layout == "bhsd" and out is kv_range is config is None and isinstance(return_lse, bool):
         meaning = (causal, causal_align, window_size, softmax_scale, softcap)
         found = _again(q, k, v, meaning, batch_invariant, sm_margin)
         if found is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -56,3 +57,12 @@ def patched() -> Iterator[None]:
         yield
     finally:
         unpatch()
+
+
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -14,7 +14,7 @@ from rtk import driver, zeroed
 from rtk.counters import count_repeat
 from rtk.launch import Recent
 from rtk.repeats import Known, find, is_current, usual
-from rtk.torch.operators import PLAIN, watched
+from rtk.torch.operators import PLAIN, modes, watched
 
 _device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -32,6 +32,7 @@ def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torc
 
 
 _empty = _memory()
+_written: Any = torch.autograd.graph.increment_version  # autograd is to notice, where it has saved what was there
 
 # What compiled programs of torch's look at their inputs with: a look at three tensors is one call. It compares types,
 # shapes, strides, dtypes, devices, whether gradients are wanted, and the modes that want to see the call.
@@ -49,7 +50,8 @@ class TorchKind:
         self._lookups = itertools.count()
 
     def find(self, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Known | None, Any]:
-        if forward_ad._current_level >= 0 or not usual(*options):
+        # (What follows asks about other modes; the looks below see all but torch's own, as FakeTensorMode.)
+        if modes() or forward_ad._current_level >= 0 or not usual(*options):
             return None, None
         guarded = self._guarded.get(options)
         if guarded is not None:
@@ -60,16 +62,20 @@ class TorchKind:
                     break
         key = None if watched() else _key(q, k, v, options)
         found = None if key is None else find(key)
-        if found is not None and _TensorGuards is not None and type(q) is type(k) is type(v) is Tensor:
+        if (
+            found is not None
+            and _TensorGuards is not None
+            and type(q) is type(k) is type(v) is Tensor
+            and not (q.requires_grad or k.requires_grad or v.requires_grad)
+        ):
             self._guard(q, k, v, options, found)
         return found, key
 
     def _guard(self, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], known: Known) -> None:
         others = [x for x in self._guarded.get(options) or () if is_current(x[1])]
         if len(others) < _GUARDED or next(self._lookups) % _TURNS == 0:
-            plain = [x.detach() for x in (q, k, v)]  # they want no gradients, nor may those that pass the look
-            sizes, strides = [list(x.size()) for x in plain], [list(x.stride()) for x in plain]
-            guards = _TensorGuards(*plain, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+            sizes, strides = [list(x.size()) for x in (q, k, v)], [list(x.stride()) for x in (q, k, v)]
+            guards = _TensorGuards(q, k, v, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
             self._guarded.put(options, (*others[1 - _GUARDED :], (guards.check, known)))
 
     def forget(self) -> None:
@@ -83,10 +89,14 @@ class TorchKind:
                 out = _empty(known.o_shape, known.o_strides, q.dtype)
             else:
                 out = _empty_strided(known.o_shape, known.o_strides, q.dtype, q.device)
+        else:
+            _written(out)
         lse_at = 0
         if return_lse:
             if lse is None:
                 lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device)
+            else:
+                _written(lse)
             lse_at = lse.data_ptr()
         stream, counter = _stream(device), None
         if plan.counts:
@@ -103,13 +113,13 @@ def _key(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Any
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None
-    # (Tensors that are negated when read have rows with gaps, and a call with such rows is never remembered; but for
-    # what as_strided makes of them.)
+    if q.is_neg() or k.is_neg() or v.is_neg():  # negated only when they are read
+        return None
     try:
         return (
-            q.size(), q.stride(), q.dtype, q.get_device(),
-            k.size(), k.stride(), k.dtype, k.get_device(),
-            v.size(), v.stride(), v.dtype, v.get_device(), options,
+            q.size(), q.stride(), q.dtype, q.device,
+            k.size(), k.stride(), k.dtype, k.device,
+            v.size(), v.stride(), v.dtype, v.device, options,
         )  # fmt: skip
     except RuntimeError:  # a sparse tensor has no strides
         return None

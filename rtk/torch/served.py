@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Any
 
@@ -50,3 +51,12 @@ def reset_stats() -> None:
     with _lock:
         _counts.clear()
         _counts["native"] = 0
+
+
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
