@@ -108,11 +108,11 @@ def attention(
 def _serve(torch: Any, key: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
     """Through torch's dispatcher where anything of torch wants to see the call; else straight to the kernel."""
     if torch is not None and isinstance(q, getattr(torch, "Tensor", ())):
-        from rtk.torch import operators
+        from rtk.torch import entry, watching
 
-        interest = operators.interest(q, k, v)
+        interest = watching.interest(q, k, v)
         if interest:
-            return operators.attention(q, k, v, **options, interest=interest)
+            return entry.attention(q, k, v, **options, interest=interest)
     return ops.attention_fwd(q, k, v, **options, remember_as=key)
 
 

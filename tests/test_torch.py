@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
 import rtk.torch  # noqa: E402
-from rtk.torch import backward, operators, patching, sdpa, served  # noqa: E402
+from rtk.torch import backward, patching, sdpa, served, watching  # noqa: E402
 
 FWD, BWD = torch.ops.rtk.attention_fwd.default, torch.ops.rtk.attention_bwd.default
 
@@ -388,7 +388,7 @@ def test_modes_see_the_operator() -> None:
         rtk.attention(*tensors())
     assert "rtk.attention_fwd.default" in seen
     plain = tensors()
-    assert not operators.interest(*plain) and operators.interest(plain[0].requires_grad_()) == "autograd"
+    assert not watching.interest(*plain) and watching.interest(plain[0].requires_grad_()) == "autograd"
 
 
 # --- scaled_dot_product_attention ------------------------------------------------------------------------------------

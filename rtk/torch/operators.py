@@ -6,21 +6,19 @@ own (`rtk.torch.backward`), from the saved q, k, v, o and lse: no forward is com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rtk import ops, repeats
 from rtk.arrays import library
-from rtk.errors import ArgumentError, UnsupportedError
-from rtk.launch import MisalignedError
-from rtk.problem import check_numbers, check_words, window_bounds
+from rtk.errors import UnsupportedError
 from rtk.torch import backward
+from rtk.torch.watching import is_batch, watched
 
-# None: the default softmax_scale, an unbounded window. `config`: see _as_text.
+# None: the default softmax_scale, an unbounded window. `config`: see _of_text.
 _OPTIONS = (
     "bool causal=False, bool top_left=False, SymInt? window_left=None, SymInt? window_right=None, "
     "float? softmax_scale=None, float softcap=0.0"
@@ -198,7 +196,7 @@ torch.library.register_vmap("rtk::attention_fwd", _vmap_of(torch.ops.rtk.attenti
 torch.library.register_vmap("rtk::attention_bwd", _vmap_of(torch.ops.rtk.attention_bwd, 3), lib=_library)
 
 
-class _Transformable(torch.autograd.Function):  # type: ignore[misc]
+class Transformable(torch.autograd.Function):  # type: ignore[misc]
     """The same gradients for torch.func, whose transforms want them as an autograd.Function."""
 
     generate_vmap_rule = True
@@ -233,7 +231,7 @@ class _TransformableBackward(torch.autograd.Function):  # type: ignore[misc]
         _no_second_derivative(ctx)
 
 
-class _Direct(torch.autograd.Function):  # type: ignore[misc]
+class Direct(torch.autograd.Function):  # type: ignore[misc]
     """The same gradients where nothing but autograd wants to see the call: the dispatcher's part in it takes 0.1 ms."""
 
     @staticmethod
@@ -254,7 +252,7 @@ class _Direct(torch.autograd.Function):  # type: ignore[misc]
 def _direct_backward(options: dict[str, Any], *tensors: Any) -> Any:
     # With create_graph a second derivative would be wanted of this one: the operator says that there is none. And what
     # watches, or gradients that are a batch of gradients, are the operator's too.
-    batched = any(_is_batch(x) for x in tensors[:2] if x is not None)
+    batched = any(is_batch(x) for x in tensors[:2] if x is not None)
     return (_backward if batched or torch.is_grad_enabled() or watched() else _plain_backward)(options, *tensors)
 
 
@@ -262,165 +260,11 @@ def _plain_backward(options: dict[str, Any], *tensors: Any) -> Any:
     return backward.attention_bwd(*tensors, **options)
 
 
-# --- the public function's way in ------------------------------------------------------------------------------------
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
-# Names of torch._C: of torch 2.11 and later; what an older one lacks is not asked.
-modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_autocast = getattr(torch._C, "_is_any_autocast_enabled", torch.is_autocast_enabled)
-_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
-_included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
-_PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
-_is_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)  # of is_grads_batched
-
-
-def watched() -> bool:
-    """Whether a mode, a transform, autocast or a trace wants to see what is called."""
-    return bool(
-        modes()
-        or _transforms()
-        or _autocast()
-        or forward_ad._current_level >= 0
-        or _trace() is not None
-        or (_PRE_DISPATCH is not None and _included(_PRE_DISPATCH))  # torch.export, make_fx(pre_dispatch=True)
-    )
-
-
-def interest(*tensors: Any) -> str:
-    """What of torch wants to see the call: "dispatcher", only "autograd", or nothing: ""."""
-    if torch.compiler.is_compiling() or watched():
-        return "dispatcher"
-    ours = [x for x in tensors if isinstance(x, Tensor)]
-    if any(type(x) not in PLAIN for x in ours):
-        return "dispatcher"
-    return "autograd" if torch.is_grad_enabled() and any(x.requires_grad for x in ours) else ""
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    causal_align: str,
-    window_size: Any,
-    softmax_scale: float | None,
-    softcap: float,
-    kv_range: Any,
-    layout: str,
-    return_lse: bool,
-    out: Any,
-    config: Any,
-    batch_invariant: bool,
-    sm_margin: int,
-    interest: str,
-) -> Any:
-    """rtk.attention for whom `interest` names: arguments as there."""
-    direct = interest == "autograd"
-    if direct and layout == "bhsd" and out is kv_range is config is None and isinstance(return_lse, bool):
-        meaning = (causal, causal_align, window_size, softmax_scale, softcap)
-        found = _again(q, k, v, meaning, batch_invariant, sm_margin)
-        if found is not None:
-            return found if return_lse else found[0]
-    if not torch.compiler.is_compiling():  # a trace meets wrong arguments when the kernel runs
-        _check_tensors(q, k, v)
-        check_words(causal, causal_align, layout)
-        check_numbers(softmax_scale, softcap)
-        ops.check_steering(return_lse, config, batch_invariant, sm_margin)
-    if out is not None:
-        accepted = "None where gradients, a transform, a trace, autocast or a tensor subclass are in play"
-        raise UnsupportedError("out", "an array", accepted, "Under torch.no_grad() it is written to.")
-    swapped = layout == "bshd"
-    if swapped:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    first, end = _bounds(kv_range)
-    meaning = (causal, causal_align, window_size, softmax_scale, softcap)
-    options = _options(meaning, batch_invariant, sm_margin) | {"config": _as_text(config)}
-    if torch.compiler.is_compiling():
-        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
-    elif _transforms():
-        o, lse = _Transformable.apply(options, q, k, v, first, end)
-    elif direct:
-        o, lse = _Direct.apply(options, None, q, k, v, first, end)
-    else:
-        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
-    o = o.transpose(1, 2) if swapped else o
-    return (o, lse) if return_lse else o
-
-
-def _again(q: Tensor, k: Tensor, v: Tensor, meaning: tuple[Any, ...], batch_invariant: bool, sm_margin: int) -> Any:
-    """(o, lse), differentiable, of a call whose forward was made before and need not be checked; None of another."""
-    kind = repeats.kinds.get(type(q))
-    if kind is None:
-        return None
-    with torch.no_grad():
-        known, _ = kind.find(q, k, v, (True, *meaning, "bhsd", batch_invariant, sm_margin))
-    if known is None:
-        return None
-    try:
-        return _Direct.apply(_options(meaning, batch_invariant, sm_margin), known, q, k, v, None, None)
-    except MisalignedError:
-        return None
-
-
-def _options(meaning: tuple[Any, ...], batch_invariant: bool, sm_margin: int) -> dict[str, Any]:
-    """The operator's options, of rtk.attention's (causal, causal_align, window_size, softmax_scale, softcap)."""
-    causal, causal_align, window_size, softmax_scale, softcap = meaning
-    left, right = (None if side is None or side >= _FAR else side for side in window_bounds(window_size))
-    return {
-        "causal": causal,
-        "top_left": causal_align == "top-left",
-        "window_left": left,
-        "window_right": right,
-        "softmax_scale": softmax_scale,
-        "softcap": softcap,
-        "batch_invariant": batch_invariant,
-        "sm_margin": sm_margin,
-    }
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
 def _window(left: int | None, right: int | None) -> tuple[int | None, int | None] | None:
     return None if left is None and right is None else (left, right)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What would not be an error of ours further down."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not issubclass(type(x), Tensor):  # a mock says that it is an instance
-            raise ArgumentError(name, f"an object of type {type(x).__name__}", "an array of torch, as q is")
-        if x.is_nested or type(x).__module__.startswith("torch.masked"):
-            raise ArgumentError(name, f"a {type(x).__name__}, nested or masked", "a dense strided tensor")
-        if (
-            torch.autograd.forward_ad._current_level >= 0
-            and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-        ):
-            received = "a tensor with a tangent (forward-mode differentiation)"
-            raise UnsupportedError(name, received, "tensors without one", "Reverse mode works: torch.func.grad.")
-
-
-_FAR = 1 << 31  # beyond any key
-
-
-def _bounds(kv_range: Any) -> tuple[Any, Any]:
-    if kv_range is None:
-        return None, None
-    accepted = "None or a pair (first, end), each None or an int32 tensor (batch,)"
-    if not isinstance(kv_range, (tuple, list)) or len(kv_range) != 2:
-        raise ArgumentError("kv_range", kv_range, accepted)
-    for place, x in enumerate(kv_range):
-        if x is not None and not isinstance(x, Tensor):
-            raise ArgumentError(f"kv_range[{place}]", f"an object of type {type(x).__name__}", accepted)
-    return kv_range[0], kv_range[1]
-
-
-def _as_text(config: Any) -> str:
-    """Fields as "BLOCK_M=64,PINGPONG=True": what an operator can take. (By hand: a trace cannot follow json.)"""
-    if config is None:
-        return ""
-    fields = dict(config) if isinstance(config, Mapping) else vars(config)
-    return ",".join([f"{name}={value}" for name, value in fields.items()])
 
 
 def _of_text(text: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from rtk import driver, zeroed
 from rtk.counters import count_repeat
 from rtk.launch import Recent
 from rtk.repeats import Known, find, is_current, usual
-from rtk.torch.operators import PLAIN, modes, watched
+from rtk.torch.watching import PLAIN, modes, watched
 
 _device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)

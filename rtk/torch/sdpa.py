@@ -13,7 +13,7 @@ from rtk import repeats
 from rtk.api import attention
 from rtk.problem import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from rtk.torch import served
-from rtk.torch.operators import PLAIN
+from rtk.torch.watching import PLAIN
 
 _HALF = (torch.float16, torch.bfloat16)
 _HOPPER = (9, 0)
