@@ -304,7 +304,8 @@ class TorchLibrary:
             target.copy_(source)
 
     def written(self, array: Any) -> None:
-        self.torch.autograd.graph.increment_version(array)  # autograd's: it may have saved what was there
+        if not array.is_inference():  # (such have no version)
+            self.torch.autograd.graph.increment_version(array)  # autograd may have saved what was there
 
     def fill(self, array: Any, value: float) -> None:
         with self.torch.no_grad():

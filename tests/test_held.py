@@ -97,6 +97,9 @@ def test_a_launch_gets_the_addresses(monkeypatch: Any) -> None:
     assert (out._version, lse._version) == (versions[0] + 1, versions[1] + 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    with torch.inference_mode():
+        inference = torch.empty_like(out)
+    assert plan(q, k, v, inference, lse)[0] is inference
     with pytest.raises(ArgumentError, match=r"out: received .*as the plan was made for"):
         plan(q, k, v, out.float(), check=True)
     with pytest.raises(ArgumentError, match="a multiple of 16 bytes"):

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rtk import driver, zeroed
+from rtk.arrays import library
 from rtk.counters import count_repeat
 from rtk.launch import Recent
 from rtk.repeats import Known, find, is_current, usual
 from rtk.torch.watching import PLAIN, modes, watched
 
+_library = library("torch")
 _device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
@@ -32,7 +34,6 @@ def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torc
 
 
 _empty = _memory()
-_written: Any = torch.autograd.graph.increment_version  # autograd is to notice, where it has saved what was there
 
 # What compiled programs of torch's look at their inputs with: a look at three tensors is one call. It compares types,
 # shapes, strides, dtypes, devices, whether gradients are wanted, and the modes that want to see the call.
@@ -90,13 +91,13 @@ class TorchKind:
             else:
                 out = _empty_strided(known.o_shape, known.o_strides, q.dtype, q.device)
         else:
-            _written(out)
+            _library.written(out)
         lse_at = 0
         if return_lse:
             if lse is None:
                 lse = torch.empty(known.lse_shape, dtype=torch.float32, device=q.device)
             else:
-                _written(lse)
+                _library.written(lse)
             lse_at = lse.data_ptr()
         stream, counter = _stream(device), None
         if plan.counts:
