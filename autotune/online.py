@@ -8,13 +8,12 @@ what goes wrong is one warning, and the call runs with the cost model's pick.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import warnings
 from typing import Any
 
-from rtk import driver
+from rtk import driver, forks
 from rtk.autotune import choice, locks, ranks
 from rtk.autotune.backend import LOCK
 from rtk.autotune.keys import Gpu, Place
@@ -29,6 +28,7 @@ _LOOK_EVERY_S = 0.05
 
 _log = logging.getLogger("rtk")
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 _settled: set[Place] = set()  # tuned, or tried in vain, by this process
 
 
@@ -88,12 +88,3 @@ def _appeared(place: Place, limit_s: float) -> bool:
             return False
         time.sleep(_LOOK_EVERY_S)
     return True
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

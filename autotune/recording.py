@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from rtk import shapes
+from rtk import forks, shapes
 from rtk.cache import default_cache
 from rtk.errors import CacheWarning
 from rtk.problem import AttentionProblem
@@ -46,6 +46,7 @@ class Recording:
 
 
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 _open: list[Recording] = []
 _noted: set[tuple[str, str]] = set()  # (file, line) that this process has written
 
@@ -87,12 +88,3 @@ def note(problem: AttentionProblem) -> None:
             file.write(f"{line}\n".encode())  # one write: lines of several processes do not mix
     except OSError as error:
         warnings.warn(f"the problems of this process cannot be noted in {path}: {error}", CacheWarning, stacklevel=2)
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

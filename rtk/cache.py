@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from rtk import entries
+from rtk import entries, forks
 from rtk.entries import DamagedError, Entry, UntrustedError
 from rtk.errors import CacheWarning
 
@@ -339,6 +339,7 @@ def _usual_folder() -> Path:
 
 _caches: dict[tuple[Path, ...], Cache] = {}
 _lock = threading.Lock()  # counters, warnings and the size estimate of every Cache; never held during input or output
+forks.new_in_child(globals(), "_lock")
 
 
 def default_cache() -> Cache:
@@ -347,12 +348,3 @@ def default_cache() -> Cache:
     if folders not in _caches:
         _caches.setdefault(folders, Cache(folders[-1], read_only=folders[:-1]))
     return _caches[folders]
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 
+from rtk import forks
+
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 _counts = {
     "calls": 0,  # of public functions
     "launches": 0,  # of GPU kernels
@@ -29,12 +31,3 @@ def snapshot() -> dict[str, int]:
     repeats = int(repr(_repeats)[len("count(") : -1])  # what next() would give, without taking it
     with _lock:
         return _counts | {name: _counts[name] + repeats for name in ("calls", "launches")}
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -1,7 +1,7 @@
 """What a fork must not cut in two.
 
-A forked child inherits the locks of threads it does not have. Python's own are made new (`os.register_at_fork`, beside
-each of them), but those inside NVRTC cannot be: a child forked in the midst of a compile hangs in its own first one. So
+A forked child inherits the locks of threads it does not have. Python's own are made new (`new_in_child`, beside each of
+them), but those inside NVRTC cannot be: a child forked in the midst of a compile hangs in its own first one. So
 a fork waits for the compiles under way, about a second at most.
 """
 
@@ -11,10 +11,21 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from rtk.errors import ToolchainError
 
 _WAIT_S = 60.0
+
+
+def new_in_child(namespace: dict[str, Any], name: str) -> None:
+    """The lock of that name is another one in a forked child: the thread that held it there may not exist."""
+
+    def renew() -> None:
+        namespace[name] = threading.Lock()
+
+    os.register_at_fork(after_in_child=renew)
+
 
 _changed = threading.Condition()
 _inside: dict[int, int] = {}  # thread -> how many uninterrupted() it is in

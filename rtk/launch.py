@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from rtk import counters, driver, jit, nvtx, tma, zeroed
+from rtk import counters, driver, forks, jit, nvtx, tma, zeroed
 from rtk.arrays import Library, View
 from rtk.driver import Function, Launch
 from rtk.errors import ArgumentError, UnsupportedError
@@ -282,6 +281,7 @@ def _binding_problems(spec: KernelSpec[Any, Any], binding: Binding, views: Mappi
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 _loading = threading.Lock()
+forks.new_in_child(globals(), "_loading")
 _loaded: dict[tuple[str, int, int], Function] = {}  # by the binary's key, device and shared memory; never unloaded
 
 
@@ -292,12 +292,3 @@ def _load(source: jit.Source, device: int, shared_bytes: int) -> tuple[jit.Compi
         if place not in _loaded:
             _loaded[place] = driver.load(binary.cubin, binary.name, device, shared_bytes)
         return binary.report, _loaded[place]
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _loading
-    _loading = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

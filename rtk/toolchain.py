@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rtk import forks
 from rtk.errors import ToolchainError
 
 __all__ = [
@@ -182,6 +183,7 @@ def _major(build: str) -> int:
 _chosen: dict[str | None, Nvrtc] = {}
 _opened: dict[str, ctypes.CDLL] = {}
 _open_lock = threading.Lock()
+forks.new_in_child(globals(), "_open_lock")
 
 
 def nvrtc() -> Nvrtc:
@@ -265,15 +267,6 @@ def version_of(library: ctypes.CDLL) -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
     library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _open_lock
-    _open_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 # --------------------------------------------------------------------------------------------------------- the rest

@@ -15,17 +15,17 @@ would have had; `rtk.torch.stats()` counts those calls by reason, and each reaso
 
 What waits for the GPU: building a mask from a padding mask, once (transformers' own masks wait there too): whether ones
 are contiguous is a number that the choice of kernel hangs on. register(check_padding=False) takes it that they are, and
-nothing waits. A model builds one mask per forward, or one per kind of
-layer, and never one per layer. Without a padding mask nothing waits, except several queries on a StaticCache, whose
-position is known only to the GPU. Where a wait is not allowed, in a trace or in a graph's capture, transformers' dense
-mask is built instead. generate() drops a padding mask of ones by itself.
+nothing waits. A model builds one mask per forward, or one per kind of layer, and never one per layer. Without a padding
+mask nothing waits, except several queries on a StaticCache, whose position is known only to the GPU. Where a wait is
+not allowed, in a trace or in a graph's capture, transformers' dense mask is built instead. generate() drops a padding
+mask of ones by itself.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 
+from rtk import forks
 from rtk.errors import ToolchainError
 
 __all__ = ["register"]
@@ -34,6 +34,7 @@ NAME = "rtk"
 _OLDEST = (5, 17)
 _FIX = 'pip install "transformers>=5.17"'
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 
 
 def register(*, check_padding: bool = True) -> None:
@@ -69,12 +70,3 @@ def _check_version() -> None:
     version: str = transformers.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         raise ToolchainError(f"the integration needs transformers 5.17 or newer, and {version} is installed", _FIX)
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

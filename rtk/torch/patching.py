@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -11,9 +10,11 @@ from typing import Any
 
 import torch
 
+from rtk import forks
 from rtk.torch import sdpa
 
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 _depth = 0
 _before: Any = None
 
@@ -57,12 +58,3 @@ def patched() -> Iterator[None]:
         yield
     finally:
         unpatch()
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

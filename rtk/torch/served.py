@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from typing import Any
 
+from rtk import forks
+
 _log = logging.getLogger("rtk")
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 _counts: dict[str, int] = {"native": 0}
 
 
@@ -51,12 +53,3 @@ def reset_stats() -> None:
     with _lock:
         _counts.clear()
         _counts["native"] = 0
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
