@@ -6,7 +6,6 @@ card and choices. The results file is replaced when the last cell is done.
 
 from __future__ import annotations
 
-import datetime
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -240,7 +239,7 @@ def _meta(
         "sources": digest.sources_digest(),
         "harness": digest.folder_digest("benchmarks"),
         "mode": choice.current_mode(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": records.timestamp(),
         "duration_s": 0.0,
         "pieces": 1,
         "rounds": rounds,

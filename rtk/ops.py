@@ -63,10 +63,7 @@ def attention_fwd(
     library = arrays.library_of(q)
     if library is None:
         return _through_dlpack(q, k, v, kv_range, out, return_lse, options, choices)
-    for name, array in (("k", k), ("v", v), ("out", out)):
-        if arrays.library_of(array) is not library and not (name == "out" and array is None):
-            received = f"an object of type {type(array).__name__}"
-            raise ArgumentError(name, received, f"an array of {library.name}, as q is")
+    _check_library(library, {"k": k, "v": v} if out is None else {"k": k, "v": v, "out": out})
     counters.add("calls")
     operands = Operands(library, q, k, v)
     problem = _checked_problem(operands, options)
@@ -94,10 +91,7 @@ def prepare(q: Any, k: Any, v: Any, *, layout: str, return_lse: bool, **options:
     check_steering(return_lse, choices.config, choices.batch_invariant, choices.sm_margin)
     library = arrays.library_of(q)
     assert library is not None
-    for name, array in (("k", k), ("v", v)):
-        if arrays.library_of(array) is not library:
-            received = f"an object of type {type(array).__name__}"
-            raise ArgumentError(name, received, f"an array of {library.name}, as q is")
+    _check_library(library, {"k": k, "v": v})
     operands = Operands(library, q, k, v)
     options["window_size"] = window_bounds(options["window_size"])
     problem = _checked_problem(operands, {**options, "layout": layout})
@@ -125,6 +119,13 @@ class _Choices:
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_library(library: Library, others: Mapping[str, Any]) -> None:
+    for name, array in others.items():
+        if arrays.library_of(array) is not library:
+            received = f"an object of type {type(array).__name__}"
+            raise ArgumentError(name, received, f"an array of {library.name}, as q is")
 
 
 def _checked_problem(operands: Operands, options: Mapping[str, Any]) -> AttentionProblem:

@@ -14,9 +14,8 @@ from rtk.errors import UnsupportedError
 from rtk.integrations.transformers_masks import TRACED, BandMask
 from rtk.problem import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from rtk.torch import served
+from rtk.torch.sdpa import HALF, HOPPER
 
-_HALF = (torch.float16, torch.bfloat16)
-_HOPPER = (9, 0)
 _log = logging.get_logger(__name__)
 
 # Options that change the result and that rtk.attention has not; why, where they are neither None nor 0.
@@ -109,10 +108,10 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, opt
 
 def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if query.device.type == "cuda":
-        if torch.cuda.get_device_capability(query.device) != _HOPPER:
+        if torch.cuda.get_device_capability(query.device) != HOPPER:
             return "another GPU than Hopper"
-        cast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") in _HALF
-        if query.dtype not in _HALF and not cast:
+        cast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") in HALF
+        if query.dtype not in HALF and not cast:
             return f"dtype {query.dtype} on a GPU".replace("torch.", "")
     elif query.device.type != "cpu":
         return "another kind of device"

@@ -15,8 +15,8 @@ from rtk.problem import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from rtk.torch import served
 from rtk.torch.watching import PLAIN
 
-_HALF = (torch.float16, torch.bfloat16)
-_HOPPER = (9, 0)
+HALF = (torch.float16, torch.bfloat16)
+HOPPER = (9, 0)
 torch_sdpa = torch._C._nn.scaled_dot_product_attention  # torch's own, whatever is patched
 
 # On the CPU torch's own is the faster one: only tests, which have no GPU, ask for ours.
@@ -106,7 +106,7 @@ def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             return "tensors on the CPU"
     elif query.device.type != "cuda":
         return "another kind of device"
-    elif not torch.cuda.is_available() or torch.cuda.get_device_capability(query.device) != _HOPPER:
+    elif not torch.cuda.is_available() or torch.cuda.get_device_capability(query.device) != HOPPER:
         return "another GPU than Hopper"
     if not query.device == key.device == value.device:
         return "tensors on several devices"
@@ -119,7 +119,7 @@ def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         dtypes = {query.dtype, key.dtype, value.dtype}
     if len(dtypes) > 1:
         return "several dtypes"
-    if dtypes.isdisjoint(_HALF) and not (serves_cpu and query.device.type == "cpu"):
+    if dtypes.isdisjoint(HALF) and not (serves_cpu and query.device.type == "cpu"):
         return f"dtype {query.dtype}".replace("torch.", "")
     return None
 
