@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rtk import forks
 from rtk.autotune import exchange
 from rtk.autotune.keys import Choice, Gpu, digest
 from rtk.cache import default_cache
@@ -94,6 +95,7 @@ class _State:
 
 
 _state = _State()
+forks.new_in_child(vars(_state), "lock")
 
 
 def choose(spec: KernelSpec[Any, Any], problem: Any, gpu: Gpu, *, stored: bool = True) -> Chosen:
@@ -231,11 +233,3 @@ def _read() -> _Tables:
             place = choice.place
             table(place.kernel, place.sources, place.gpu).add(place.bucket.exact, place.bucket.size_steps, choice)
     return tables
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child."""
-    _state.lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

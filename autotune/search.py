@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from rtk import driver, jit, toolchain
 from rtk.autotune import halving, model, trial
 from rtk.autotune.keys import Choice, Gpu, Place, Timed, config_key
 from rtk.autotune.store import Store
+from rtk.digest import timestamp
 from rtk.errors import CompileError, DriverError, RtkError
 from rtk.spec import KernelSpec, config_fields
 
@@ -165,8 +165,7 @@ def _timed(config: Any, rounds: Sequence[float], versions: Mapping[str, str]) ->
 
 def versions_here() -> dict[str, str]:
     """What a time measured now was built and run with, and when."""
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"driver": driver_here(), "nvrtc": toolchain.nvrtc().build, "date": date}
+    return {"driver": driver_here(), "nvrtc": toolchain.nvrtc().build, "date": timestamp()}
 
 
 def driver_here() -> str:

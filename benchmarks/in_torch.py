@@ -24,7 +24,7 @@ from typing import Any
 import rtk
 import rtk.torch
 from rtk import digest, driver
-from rtk.benchmarks import records, timing
+from rtk.benchmarks import timing
 
 _ROUNDS, _CALLS = 31, 200  # of the CPU's time; so many calls fit a stream's queue
 _WIDTH, _HEADS, _HEADS_KV, _MLP = 4096, 32, 8, 14336  # Llama 3, 8B
@@ -44,7 +44,7 @@ def main() -> None:
         "uuid": properties.uuid,
         "torch": torch.__version__,
         "sources": digest.sources_digest(),
-        "date": records.timestamp(),
+        "date": digest.timestamp(),
         "cpu_us": cpu_us(),
         "tokens_per_s": {str(tokens): tokens_per_s(tokens, given.layers) for tokens in _TOKENS},
         "layers": given.layers,

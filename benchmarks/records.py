@@ -6,7 +6,6 @@ one problem, everything about a record but who computed it. Times are in µs unl
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
@@ -64,11 +63,6 @@ RECORD_KEYS = (
 Record = dict[str, Any]
 Cell = tuple[Any, ...]
 Verdict = Literal["faster", "tie", "slower"]
-
-
-def timestamp() -> str:
-    """Now, as records have it."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,7 @@ def _meta(
         "sources": digest.sources_digest(),
         "harness": digest.folder_digest("benchmarks"),
         "mode": choice.current_mode(),
-        "date": records.timestamp(),
+        "date": digest.timestamp(),
         "duration_s": 0.0,
         "pieces": 1,
         "rounds": rounds,

@@ -35,8 +35,8 @@ from rtk.autotune import manage, model, session, trial
 from rtk.autotune.choice import config_of
 from rtk.autotune.keys import Gpu, config_key, gpu_here
 from rtk.autotune.store import Store
-from rtk.benchmarks import records, suites
-from rtk.digest import sources_digest
+from rtk.benchmarks import suites
+from rtk.digest import sources_digest, timestamp
 from rtk.kernels.attention_fwd import SPEC
 from rtk.problem import AttentionProblem
 from rtk.spec import config_fields
@@ -238,7 +238,7 @@ def judge(times: Raw, out: Path) -> None:
     result = {
         "gpu": gpu_here().to_json(),
         "sources": sources_digest(),
-        "date": records.timestamp(),
+        "date": timestamp(),
         "space": {shapes.describe(p): len(SPEC.configs(p)) for p in problems},
         "seconds_cold": cold["seconds"][0],
         "seconds_warm": warm["seconds"][0],

@@ -1,13 +1,14 @@
-"""A digest of the code, so that a recorded result can be told to belong to it or to be stale."""
+"""What a recorded result carries: a digest of the code, by which it is of this code or stale, and when it was made."""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["folder_digest", "sources_digest"]
+__all__ = ["folder_digest", "sources_digest", "timestamp"]
 
 _SUFFIXES = (".py", ".cuh", ".json")
 _LINKED = ("autotune", "benchmarks", "cuda_src")  # stand inside rtk/, as links or (installed) as folders
@@ -25,6 +26,11 @@ def sources_digest() -> dict[str, str]:
         "rtk": _digest(package, skip=_LINKED),
         "autotune": _digest(package / "autotune"),
     }
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second (ISO 8601)."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def folder_digest(name: str) -> str:

@@ -189,7 +189,9 @@ def _key(source: Source, nvrtc_build: str, headers: dict[str, str]) -> str:
 
 _memory: OrderedDict[tuple[str, str], Binary] = OrderedDict()
 _busy: dict[tuple[str, str], list[Any]] = {}  # slot -> [lock, how many threads hold or await it]
+os.register_at_fork(after_in_child=_busy.clear)
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 
 
 def build(source: Source, *, cache: Cache | None = None) -> Binary:
@@ -291,16 +293,6 @@ def _alone(slot: tuple[str, str]) -> Iterator[None]:
             turn[1] -= 1
             if not turn[1]:
                 _busy.pop(slot, None)
-
-
-def _after_fork() -> None:
-    """The threads that held these locks do not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
-    _busy.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def _from_disk(store: Cache, entry_key: str, name: str) -> Binary | None:

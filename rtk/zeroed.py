@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 
-from rtk import driver
+from rtk import driver, forks
 
 _RING_WORDS = 1 << 18
 _KEPT_WORDS = 1 << 12  # allocated at a time
@@ -41,7 +41,9 @@ class _Words:
 
 
 _lock = threading.Lock()
+forks.new_in_child(globals(), "_lock")
 _words: dict[int, _Words] = {}
+os.register_at_fork(after_in_child=_words.clear)  # the child has not the memory
 
 
 def word(device: int, capturing: bool) -> int:
@@ -55,13 +57,3 @@ def _make(device: int) -> _Words:
         if device not in _words:
             _words[device] = _Words(device)
         return _words[device]
-
-
-def _after_fork() -> None:
-    """The thread that held the lock does not exist in the child, nor does the memory."""
-    global _lock
-    _lock = threading.Lock()
-    _words.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -36,9 +36,9 @@ def attention(
     interest: str,
 ) -> Any:
     """rtk.attention for whom `interest` names: arguments as there."""
-    direct = interest == "autograd"
+    direct = interest == "autograd"  # neither while compiling nor under a transform
+    meaning = (causal, causal_align, window_size, softmax_scale, softcap)
     if direct and layout == "bhsd" and out is kv_range is config is None and isinstance(return_lse, bool):
-        meaning = (causal, causal_align, window_size, softmax_scale, softcap)
         found = _again(q, k, v, meaning, batch_invariant, sm_margin)
         if found is not None:
             return found if return_lse else found[0]
@@ -54,14 +54,11 @@ def attention(
     if swapped:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     first, end = _bounds(kv_range)
-    meaning = (causal, causal_align, window_size, softmax_scale, softcap)
     options = _options(meaning, batch_invariant, sm_margin) | {"config": _as_text(config)}
-    if torch.compiler.is_compiling():
-        o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
-    elif transforms():
-        o, lse = Transformable.apply(options, q, k, v, first, end)
-    elif direct:
+    if direct:
         o, lse = Direct.apply(options, None, q, k, v, first, end)
+    elif not torch.compiler.is_compiling() and transforms():
+        o, lse = Transformable.apply(options, q, k, v, first, end)
     else:
         o, lse = torch.ops.rtk.attention_fwd(q, k, v, first, end, **options)
     o = o.transpose(1, 2) if swapped else o
