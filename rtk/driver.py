@@ -166,6 +166,20 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, with a value that is one int."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint32),
+        ("_pad", ctypes.c_uint32),
+        ("value", ctypes.c_int32),
+        ("_rest", ctypes.c_byte * 60),
+    )
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
 class Launch:
     """A launch made ready: the kernel's one by-value argument, and what cuLaunchKernelEx takes. For one call at a time.
 
@@ -173,13 +187,17 @@ class Launch:
     for the next call.
     """
 
-    def __init__(self, function: Function, grid: int, threads: int, shared_bytes: int, argument: bytes) -> None:
+    def __init__(
+        self, function: Function, grid: int, threads: int, shared_bytes: int, argument: bytes, programmatic: bool
+    ) -> None:
         self._function, self._debug = function, function.trap_report is not None
         self._argument = ctypes.create_string_buffer(argument, -(-len(argument) // 8) * 8)
         self.bytes = memoryview(self._argument).cast("B")
         self.words = self.bytes.cast("Q")
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._argument))
-        self._config = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared_bytes, 0, 0, 0)
+        self._attribute = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        attributes = (ctypes.addressof(self._attribute), 1) if programmatic else (0, 0)
+        self._config = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared_bytes, 0, *attributes)
         self._stream = 0
         places = (ctypes.byref(self._config), function.handle, self._arguments, None)
         self.call = functools.partial(library().cuLaunchKernelEx, *places)
@@ -207,9 +225,13 @@ class Function:
     ordinal: int
     trap_report: ctypes.c_uint64 | None = None  # of a debug build: where it leaves the name of what it waited for
 
-    def ready(self, grid: int, threads: int, shared_bytes: int, argument: bytes) -> Launch:
-        """A launch of `grid` blocks; `argument` is what the kernel takes, by value."""
-        return Launch(self, grid, threads, shared_bytes, argument)
+    def ready(self, grid: int, threads: int, shared_bytes: int, argument: bytes, programmatic: bool = False) -> Launch:
+        """A launch of `grid` blocks; `argument` is what the kernel takes, by value.
+
+        `programmatic`: blocks may start while the kernel before on the stream ends, and wait for its end themselves
+        ("Programmatic Dependent Launch and Synchronization" of the CUDA C++ Programming Guide).
+        """
+        return Launch(self, grid, threads, shared_bytes, argument, programmatic)
 
     def wait_for_debug_build(self, stream: int) -> None:
         """Raises DriverError, naming the barrier, where the kernel waited too long. Not while a graph is captured."""

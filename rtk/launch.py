@@ -113,7 +113,9 @@ class Plan:
         threads: int,
         shared_bytes: int,
         title: str,
+        programmatic: bool = False,
     ) -> None:
+        self._programmatic = programmatic
         self.device, self.grid, self.threads, self.shared_bytes = device, grid, threads, shared_bytes
         self.title = title  # of its NVTX range
         self.arrays = (*(operand.field for operand in binding.tensors), *binding.pointers)
@@ -158,7 +160,14 @@ class Plan:
             raise ArgumentError(*complaint)
         sizes = {"grid": grid, "threads": spec.threads(config), "shared_bytes": spec.shared_bytes(config)}
         title = f"{spec.name} {spec.describe(problem)} {spec.label(config)}"
-        return cls(spec.render(config), device, binding, **sizes, title=title)
+        return cls(
+            spec.render(config),
+            device,
+            binding,
+            **sizes,
+            title=title,
+            programmatic=spec.programmatic_launch and not sm_margin,
+        )
 
     def run(self, library: Library, addresses: Sequence[int]) -> None:
         """Launches on the library's current stream, with a workspace from its allocator where one is needed."""
@@ -185,7 +194,9 @@ class Plan:
         try:
             ready = self._ready.pop()
         except IndexError:
-            function = self._function.ready(self.grid, self.threads, self.shared_bytes, self._template)
+            function = self._function.ready(
+                self.grid, self.threads, self.shared_bytes, self._template, self._programmatic
+            )
             ready = _Ready(function)
         if addresses != ready.addresses:
             self._address(ready, addresses)

@@ -126,6 +126,9 @@ class KernelSpec(ABC, Generic[Problem, Config]):
     function: ClassVar[str] = ""  # the template's qualified name, "mine::rmsnorm"; "" for rtk::<name>
     parameters_cxx: ClassVar[str] = ""  # the structure's qualified name; "" for the name in Python, beside the function
     include_dirs: ClassVar[Sequence[Path | str]] = (CUDA_SOURCE,)  # looked through in order, then rtk's own
+    # Whether every thread executes griddepcontrol.wait before it touches global memory, so that blocks may be started
+    # while the kernel before on the stream ends (programmatic dependent launch).
+    programmatic_launch: ClassVar[bool] = False
 
     # -------------------------------------------------------------------------------------------------- configurations
 

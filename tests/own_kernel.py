@@ -145,7 +145,9 @@ class FakeGpu(NumpyLibrary):
         gpu = self
 
         class Ready:
-            def __init__(self, grid: int, threads: int, shared_bytes: int, argument: bytes) -> None:
+            def __init__(
+                self, grid: int, threads: int, shared_bytes: int, argument: bytes, programmatic: bool = False
+            ) -> None:
                 assert grid > 0
                 self.shape = grid, threads, shared_bytes
                 self.bytes = memoryview(bytearray(argument.ljust(-(-len(argument) // 8) * 8, b"\0")))
