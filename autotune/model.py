@@ -2,7 +2,7 @@
 
 A kernel says what its configs make of a problem (`KernelSpec.work`), as arrays with an element per config:
 
-- `tiles` of `steps` steps each, `longest` at most;
+- `tiles` of `steps` steps each, `longest` at most, and `own_steps` of each consumer, if it skips the others';
 - of each step `mma_flop`, `exponentials`, `simple_ops` on the fp32 pipes and `l2_bytes`;
 - of each tile `tile_ops` on the fp32 pipes and `tile_bytes`, besides;
 - `team`, how the warpgroups of a block share the tensor cores: an index of `Machine.overlap`;
@@ -35,16 +35,17 @@ class Machine:
     exponentials: float = 16.0
     simple_ops: float = 128.0
 
-    l2_bytes: float = 38.2
-    mma_share: float = 0.842  # what products reach of their rate while they run
+    l2_bytes: float = 49.8
+    mma_share: float = 0.992  # what products reach of their rate while they run
     # The share of the shorter one of products and softmax that the other hides: one consumer warpgroup; two; two that
-    # take turns; three; three that take turns.
-    overlap: tuple[float, ...] = (0.45, 0.846, 0.873, 0.946, 0.962)
-    step_cycles: float = 298.0  # of barriers and of waiting in each step
-    first_softmax: float = 0.791  # the share of a step's softmax that nothing hides, once a tile
-    late: float = 0.263  # of the longest tile: by how much the last block ends after the others, handing tiles out
-    uneven: float = 0.242  # the power of longest over mean tile by which fixed shares are late
-    launch_us: float = 3.94
+    # take turns; three; three that take turns; four; four that take turns.
+    overlap: tuple[float, ...] = (0.323, 0.834, 0.873, 0.997, 1, 1, 0.97)
+    skipped: float = 0.473  # how much of a step a consumer that skips its tile saves the block
+    step_cycles: float = 316  # of barriers and of waiting in each step
+    first_softmax: float = 1.54  # the share of a step's softmax that nothing hides, once a tile
+    late: float = 0.196  # of the longest tile: by how much the last block ends after the others, handing tiles out
+    uneven: float = 0.259  # the power of longest over mean tile by which fixed shares are late
+    launch_us: float = 3.29
 
     @classmethod
     def of(cls, gpu: Gpu) -> Machine:
@@ -65,11 +66,11 @@ def of_work(work: Mapping[str, Any], machine: Machine) -> Any:
     hidden = np.minimum(mma, softmax) * np.array(machine.overlap)[work["team"]]
     load = work["l2_bytes"] / machine.l2_bytes
     step = np.maximum(mma + softmax - hidden, load) + machine.step_cycles
-    tile = (
-        machine.first_softmax * softmax + work["tile_ops"] / machine.simple_ops + work["tile_bytes"] / machine.l2_bytes
-    )
+    alone = machine.first_softmax * softmax + work["tile_ops"] / machine.simple_ops
+    tile = alone + work["tile_bytes"] / machine.l2_bytes
 
-    mean, longest = work["steps"] * step + tile, work["longest"] * step + tile
+    steps = work["steps"] - machine.skipped * (work["steps"] - work.get("own_steps", work["steps"]))
+    mean, longest = steps * step + tile, work["longest"] * step + tile
     waves = work["tiles"] / machine.sm_count
     handed_out = waves * mean + machine.late * longest * np.minimum(1.0, waves)
     ratio = work["longest"] / np.maximum(work["steps"], 1e-9)

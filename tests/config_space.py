@@ -28,7 +28,7 @@ SCORES: dict[str, dict[str, Any]] = {
     "prescale": {"softmax_scale": -0.1},  # a scale that is not positive
 }
 DTYPES = ("bfloat16", "float16")
-CONSUMERS = (1, 2, 3)
+CONSUMERS = (1, 2, 3, 4)
 UNEQUAL = ((192, 128), (64, 256), (256, 64), (128, 64), (40, 200), (8, 256), (256, 8), (72, 136))
 _BASE = AttentionProblem(2, 4, 2, 1024, 1024, 128, 128, "bfloat16", 0.1)
 
@@ -50,7 +50,7 @@ def largest() -> Iterator[Any]:
     for head_dim in HEAD_DIMS:
         # The accumulators of a head_dim that is no multiple of 16 are those of the next one that is; and a thread of
         # one consumer warpgroup has the registers and the tiles of one of two.
-        consumers_here = (1 + head_dim // 16 % 2,) if head_dim % 16 else (2, 3) if head_dim % 64 else CONSUMERS
+        consumers_here = (1 + head_dim // 16 % 2,) if head_dim % 16 else (2, 3, 4) if head_dim % 64 else CONSUMERS
         for consumers in consumers_here:
             turn += 1
             score = ("plain", "softcap", "plain", "prescale")[turn % 4]
@@ -70,11 +70,12 @@ def scattered(each: int, seed: int = 0) -> Iterator[Any]:
         for score in SCORES:
             for consumers in CONSUMERS:
                 for turn in range(each):
-                    dims = rng.choice([*map(equal, HEAD_DIMS), *UNEQUAL * 2])
-                    found = SPEC.configs(problem(dims, mask, score, rng.choice(DTYPES), turn % 2 > 0))
-                    found = [config for config in found if config.NUM_CONSUMER_WARPGROUPS == consumers]
-                    if found:
-                        yield rng.choice(found)
+                    found: list[Any] = []
+                    while not found:  # the most consumers have registers for narrow heads only
+                        dims = rng.choice([*map(equal, HEAD_DIMS), *UNEQUAL * 2])
+                        found = SPEC.configs(problem(dims, mask, score, rng.choice(DTYPES), turn % 2 > 0))
+                        found = [config for config in found if config.NUM_CONSUMER_WARPGROUPS == consumers]
+                    yield rng.choice(found)
 
 
 def sample(each: int = 2, every: int = 1) -> list[Any]:

@@ -276,10 +276,12 @@ def _shares_a_tile(bench: Bench, call: Call, seen: Any) -> Any:
     """(seqlen_q, seqlen_k) bool: does a query of the same block see a key of the same tile?"""
     torch = bench.torch
     config, (seqlen_q, seqlen_k) = call.config(), call.case.lengths
-    padded = torch.nn.functional.pad(seen.float(), (0, -seqlen_k % config.BLOCK_N, 0, -seqlen_q % config.BLOCK_M))
+    missing = -seqlen_q % config.BLOCK_M  # of a block that is not full: the first under a right mask, else the last
+    before, behind = (missing, 0) if config.MASK_RIGHT else (0, missing)
+    padded = torch.nn.functional.pad(seen.float(), (0, -seqlen_k % config.BLOCK_N, before, behind))
     tiles = padded.reshape(-1, config.BLOCK_M, padded.shape[1] // config.BLOCK_N, config.BLOCK_N).amax((1, 3)) > 0
     wide = tiles.repeat_interleave(config.BLOCK_M, 0).repeat_interleave(config.BLOCK_N, 1)
-    return wide[:seqlen_q, :seqlen_k]
+    return wide[before : before + seqlen_q, :seqlen_k]
 
 
 def _permutation(bench: Bench, call: Call, size: int) -> Any:

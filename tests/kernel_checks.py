@@ -7,6 +7,7 @@ Needs torch and a Hopper GPU. In a process of its own, because a defect may hang
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def _compare(
     kind: str = "normal",
     edges: tuple[int, ...] | None = None,
     lse_only: bool = False,
+    config: dict[str, int] | None = None,
     **options: Any,
 ) -> None:
     """One call into a poisoned output, against float64."""
@@ -53,7 +55,7 @@ def _compare(
     rng = np.random.default_rng(0)
     q, k, v = map(_on_gpu, yardstick.make_inputs(kind, **shape, **dims, dtype="bfloat16", rng=rng, edges=edges))
     poisoned = torch.full((batch, heads_q, seqlen_q, head_dim), float("nan"), dtype=torch.bfloat16, device="cuda")
-    out, lse = rtk.attention(q, k, v, out=poisoned, return_lse=True, **options)
+    out, lse = rtk.attention(q, k, v, out=poisoned, return_lse=True, config=config, **options)
     ref, ref_lse = yardstick.attention_f64(q, k, v, **options)
     if not lse_only:
         yardstick.check(out, ref, yardstick.plain(q, k, v, **options), "bfloat16")
@@ -62,7 +64,8 @@ def _compare(
 
 @check
 def full() -> None:
-    _compare()
+    """Keys enough for the ring of stages to come round several times."""
+    _compare(seqlen_k=2048)
 
 
 @check
@@ -121,6 +124,64 @@ def ranges() -> None:
 def late_maximum() -> None:
     """Peaks anywhere in the row: what was accumulated before the peak is rescaled."""
     _compare(kind="peaked", seqlen_k=2048)
+    _compare(kind="peaked", seqlen_k=2048, head_dim=128)
+
+
+@check
+def rising_below_zero() -> None:
+    """Half the rows: scores that are all negative, and 40 larger every 64 keys, in all more than P's type can hold. As
+    integers of their bits they would stand in the opposite order."""
+    import torch
+
+    import rtk
+
+    torch.manual_seed(0)
+    q = (1 + torch.rand(1, 2, 256, 64, device="cuda")).to(torch.bfloat16)
+    q[:, :, torch.arange(256) % 16 < 8] = 0
+    below = 3.5 * (1 + torch.arange(1024, device="cuda") // 64)[:, None]
+    k = (-below * (1 + 0.01 * torch.rand(1, 2, 1024, 64, device="cuda"))).to(torch.bfloat16)
+    v = torch.randn(1, 2, 1024, 64, device="cuda", dtype=torch.bfloat16)
+    out, lse = rtk.attention(q, k, v, return_lse=True)
+    ref, ref_lse = yardstick.attention_f64(q, k, v)
+    yardstick.check(out, ref, yardstick.plain(q, k, v), "bfloat16")
+    yardstick.check_lse(lse, ref_lse)
+
+
+@check
+def maxima_below_zero() -> None:
+    """Rows whose scores lie anywhere from 0 to -140, in both types: a maximum may be taken a little too high."""
+    import torch
+
+    import rtk
+
+    for dtype in ("bfloat16", "float16"):
+        torch.manual_seed(0)
+        q = torch.linspace(0, 16, 512, device="cuda").to(getattr(torch, dtype))[:, None].repeat(1, 1, 1, 64)
+        k, v = (f(1, 1, 512, 64, device="cuda", dtype=q.dtype) for f in (torch.rand, torch.randn))
+        k = -(1 + 0.1 * k)
+        out, lse = rtk.attention(q, k, v, return_lse=True)
+        ref, ref_lse = yardstick.attention_f64(q, k, v)
+        yardstick.check(out, ref, yardstick.plain(q, k, v), dtype)
+        yardstick.check_lse(lse, ref_lse)
+
+
+@check
+def other_rows_change_nothing() -> None:
+    """Not a bit of a row, whether or not the maxima of other rows in its warp have to be raised."""
+    import torch
+
+    import rtk
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 2048, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    steep = torch.arange(2048) % 16 == 5  # each warp has one such row
+    found = []
+    for value in (0, 100):
+        q[:, :, steep] = value
+        out, lse = rtk.attention(q, k, v, return_lse=True)
+        found.append((out[:, :, ~steep], lse[:, :, ~steep]))
+    (out, lse), (expected, expected_lse) = found
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
 @check
@@ -141,15 +202,16 @@ def long_rows() -> None:
 
 @check
 def all_head_dims() -> None:
-    """One of each slab width and both numbers of consumers, so that every column is stored where it belongs."""
+    """One of each slab width, and rows of O turned in shared memory and not, so that columns are where they belong."""
     for head_dim in (24, 80, 96, 128, 256):
         _compare(head_dim=head_dim, seqlen_q=200, seqlen_k=200)
+    _compare(head_dim=256, seqlen_q=200, seqlen_k=200, config={"BLOCK_N": 80, "NUM_CONSUMER_WARPGROUPS": 2})
 
 
 @check
 def many_tiles() -> None:
     """Blocks take several tiles, longest first, in groups of heads of which the last is not full."""
-    _compare(batch=3, heads_q=18, heads_kv=18, seqlen_q=1024, seqlen_k=1024, head_dim=128, causal=True)
+    _compare(batch=5, heads_q=11, heads_kv=11, seqlen_q=1024, seqlen_k=1024, head_dim=128, causal=True)
     _compare(batch=3, heads_q=24, heads_kv=24, seqlen_q=1024, seqlen_k=1024)
 
 
@@ -166,6 +228,58 @@ def the_same_bits() -> None:
         again = torch.full_like(first, float("nan"))
         rtk.attention(q, k, v, causal=True, out=again)
         assert torch.equal(first.view(torch.int16), again.view(torch.int16)), "two runs of one call differ"
+
+
+@check
+def calls_in_a_row() -> None:
+    """Each call reads what the last one wrote, and writes what it read: in a graph, without pauses, the same bits."""
+    import torch
+
+    import rtk
+
+    torch.manual_seed(0)
+    first, *v = (torch.randn(1, 8, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(9))
+    k = [30 * x.flip(2) for x in v]  # scores far apart, so that no two results are alike
+    arrays = [first.clone(), torch.empty_like(first)]
+
+    def chain(pause: Callable[[], None]) -> None:
+        for turn in range(40):
+            rtk.attention(arrays[turn % 2], k[turn % 8], v[turn % 8], out=arrays[1 - turn % 2])
+            pause()
+
+    chain(torch.cuda.synchronize)
+    expected = arrays[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        arrays[0].copy_(first)
+        chain(lambda: None)
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(arrays[0], expected), "a call did not wait for the one before"
+
+
+@check
+def teams_agree() -> None:
+    """How many consumers there are, how far they may be ahead of each other and who gets which tile changes no bit."""
+    import torch
+
+    import rtk
+
+    masks: tuple[dict[str, Any], ...] = ({}, {"causal": True}, {"window_size": (150, 20)})
+    ways = ((2, 0, False), (2, 1, True), (4, 0, False))  # STAGES, SCHEDULER, PINGPONG
+    for head_dim, options in (*((64, mask) for mask in masks), (128, masks[1])):
+        q, k, v = (torch.randn(2, 18, 700, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        expected = None
+        for consumers, way in itertools.product((1, 2, 3, 4), ways):
+            if consumers == 4 and head_dim > 64:
+                continue  # no kernel has so many registers
+            choices = dict(zip(("STAGES", "SCHEDULER", "PINGPONG"), way, strict=True))
+            config = {"BLOCK_N": 64, "NUM_CONSUMER_WARPGROUPS": consumers, **choices}
+            config["PINGPONG"] &= consumers > 1
+            out = torch.full_like(q, float("nan"))
+            rtk.attention(q, k, v, out=out, config=config, **options)
+            expected = out if expected is None else expected
+            assert torch.equal(out, expected), f"head_dim {head_dim}, {options}, {config}: other bits"
 
 
 @check

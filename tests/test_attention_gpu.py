@@ -148,6 +148,29 @@ def test_a_long_sequence(gpu: Any, torch: Any) -> None:
             check_lse(lse[:, :, rows], lse64, label=label)
 
 
+def test_a_quarter_of_a_million_rows(torch: Any) -> None:
+    """Causal at seqlen 262144: sampled rows, and no memory but the results."""
+    generator = torch.Generator("cuda").manual_seed(2)
+    q, k, v = (
+        torch.randn(1, 8, 262144, 128, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(3)
+    )
+    rtk.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], causal=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, lse = rtk.attention(q, k, v, causal=True, return_lse=True)
+    torch.cuda.synchronize()
+    results = o.numel() * o.element_size() + lse.numel() * lse.element_size()
+    assert torch.cuda.max_memory_allocated() - before <= results + (1 << 20)
+    for end in (64, 99_999, 200_000, 262_144):
+        rows, keys = slice(end - 64, end), slice(0, end)
+        for head in range(0, 8, 3):
+            part = tuple(x[:, head : head + 1] for x in (q[:, :, rows], k[:, :, keys], v[:, :, keys]))
+            o64, lse64 = attention_f64(*part, causal=True)
+            label = f"rows to {end} of head {head}"
+            check(o[:, head : head + 1, rows], o64, plain(*part, causal=True), "bfloat16", label=label)
+            check_lse(lse[:, head : head + 1, rows], lse64, label=label)
+
+
 def test_many_small_problems(gpu: Any, any_library: Any) -> None:
     """More (batch, head) pairs than a grid dimension holds."""
     for case in (

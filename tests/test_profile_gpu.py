@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +23,13 @@ def ncu(gpu):
     if gpu.torch is None:
         pytest.skip("the profiled call needs torch")
     try:
-        return profile.find()
+        found = profile.find()
     except ToolchainError:
         pytest.skip("ncu is not installed")
+    # Two at a time fail now and then: "Failed to prepare kernel for profiling".
+    with open(Path(tempfile.gettempdir(), "rtk-tests-ncu.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield found
 
 
 def test_a_call_of_ours(ncu, tmp_path, capsys):

@@ -50,8 +50,8 @@ def test_memcheck_finds_a_row_too_many(gpu, tmp_path: Path, record_property) -> 
     beyond = Defect(
         "row too many",
         "cuda_src/attention_fwd.cuh",
-        "row < params.extent.seqlen_q",
-        "row < params.extent.seqlen_q + 64",
+        "static_cast<u32>(params.extent.seqlen_q)",
+        "static_cast<u32>(params.extent.seqlen_q + 64)",
         "",
     )
     done = sanitize("memcheck", sources(tmp_path, beyond), tmp_path / "cache")

@@ -24,8 +24,8 @@ RTK_DEVICE SequenceExtent sequence_extent(const SequenceExtent& arrays, const in
                                           int batch) {
     SequenceExtent extent = arrays;
     if constexpr (Config::KV_RANGES) {
-        if (kv_first != nullptr) extent.first_key = min(max(0, load_read_only(kv_first + batch)), arrays.end_key);
-        if (kv_end != nullptr) extent.end_key = min(max(0, load_read_only(kv_end + batch)), arrays.end_key);
+        if (kv_first != nullptr) extent.first_key = min(max(0, load_global(kv_first + batch)), arrays.end_key);
+        if (kv_end != nullptr) extent.end_key = min(max(0, load_global(kv_end + batch)), arrays.end_key);
     }
     return extent;
 }
@@ -34,8 +34,8 @@ RTK_DEVICE SequenceExtent sequence_extent(const SequenceExtent& arrays, const in
 template <class Config>
 constexpr bool masked_on_the_left = Config::MASK_LEFT || Config::KV_RANGES;
 
-// KV tiles [begin, end) are visited from right to left. Tiles in [clear_begin, clear_end) need no mask for any row of
-// the block.
+// KV tiles [begin, end) are visited from right to left. Tiles in [clear_begin, clear_end) need no mask for any of the
+// ROWS rows asked about: a block's, or a consumer's. Some of these may lie before the first query or behind the last.
 struct KvTiles {
     int begin;
     int end;
@@ -43,11 +43,11 @@ struct KvTiles {
     int clear_end;
 };
 
-template <class Config>
-RTK_DEVICE KvTiles visible_kv_tiles(const SequenceExtent& extent, int first_row) {
-    constexpr int M = Config::BLOCK_M;
+template <class Config, int ROWS>
+RTK_DEVICE KvTiles visible_kv_tiles(const SequenceExtent& extent, int begin_row) {
     constexpr int N = Config::BLOCK_N;
-    const int last_row = min(first_row + M, extent.seqlen_q) - 1;
+    const int first_row = max(begin_row, 0);
+    const int last_row = min(begin_row + ROWS, extent.seqlen_q) - 1;
     KvTiles tiles;
     int visible = extent.end_key;    // keys that the last row may see
     int clear = extent.end_key / N;  // tiles that the first row sees whole, on the right
@@ -56,7 +56,7 @@ RTK_DEVICE KvTiles visible_kv_tiles(const SequenceExtent& extent, int first_row)
         visible = max(0, min(visible, last_row + extent.diagonal_right + 1));
         clear = min(clear, max(0, first_row + extent.diagonal_right + 1) / N);
     }
-    tiles.end = ceil_div_rt(visible, N);
+    tiles.end = first_row <= last_row ? ceil_div_rt(visible, N) : 0;
     tiles.clear_end = clear;
     if constexpr (masked_on_the_left<Config>) {
         int first_visible = extent.first_key, first_clear = extent.first_key;  // to the first row, to the last
@@ -70,23 +70,32 @@ RTK_DEVICE KvTiles visible_kv_tiles(const SequenceExtent& extent, int first_row)
     return tiles;
 }
 
-// Sets the scores of invisible keys to -inf. `row` is the thread's first row, `column` its first column of the tile.
+// How many of a thread's scores of a row lie in the tile's first columns: of every eight columns it holds the first two,
+// counted from its own first column.
+RTK_DEVICE int scores_in(int columns) {
+    columns = max(columns, 0);
+    return columns / 8 * 2 + min(columns % 8, 2);
+}
+
+// Sets the scores of invisible keys to -inf. `row` is the thread's first row, `column` its first column of the tile. A row's
+// scores are chosen by the bits of a word, seven of which become predicates in one instruction, where comparing columns
+// would take one for each.
 template <class Config, int COUNT>
 RTK_DEVICE void mask_scores(float (&scores)[COUNT], const SequenceExtent& extent, int row, int column) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        // Limits relative to `column`, so that the comparisons below are with constants.
-        int last = extent.end_key - 1 - column;
-        if constexpr (Config::MASK_RIGHT) last = min(last, row + 8 * r + extent.diagonal_right - column);
-        int first = row + 8 * r + extent.diagonal_left - column;
-        if constexpr (Config::KV_RANGES) first = max(Config::MASK_LEFT ? first : 0, extent.first_key - column);
+        int end = extent.end_key - column;
+        if constexpr (Config::MASK_RIGHT) end = min(end, row + 8 * r + extent.diagonal_right + 1 - column);
+        int begin = row + 8 * r + extent.diagonal_left - column;
+        if constexpr (Config::KV_RANGES) begin = max(Config::MASK_LEFT ? begin : 0, extent.first_key - column);
+        const int end_score = scores_in(end), begin_score = masked_on_the_left<Config> ? scores_in(begin) : 0;
 #pragma unroll
-        for (int j = 0; j < COUNT / 4; ++j) {
+        for (int word = 0; word < COUNT / 2; word += 32) {
+            const u32 visible =
+                low_bits(end_score - word) & ~(masked_on_the_left<Config> ? low_bits(begin_score - word) : 0);
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int offset = 8 * j + c;
-                const bool visible = offset <= last && (!masked_on_the_left<Config> || offset >= first);
-                if (!visible) scores[4 * j + 2 * r + c] = negative_infinity();
+            for (int i = word; i < word + 32 && i < COUNT / 2; ++i) {
+                if (!(visible >> (i - word) & 1)) scores[i / 2 * 4 + 2 * r + i % 2] = negative_infinity();
             }
         }
     }

@@ -45,10 +45,20 @@ RTK_DEVICE void wait_empty(RingBarriers<STAGES>& ring, const RingPosition<STAGES
     ring.empty[position.stage].wait(position.phase ^ 1, name);
 }
 
-// One lane of every consumer warp hands the stage back, since each warp of a wgmma reads it on its own.
+// One lane of every consumer warp hands the stage back, since each warp of a wgmma reads it on its own. By then every lane
+// must have seen that it was full, because a parity tells a round only from the next one: a wgmma between sees to that.
 template <int STAGES>
 RTK_DEVICE void release(RingBarriers<STAGES>& ring, const RingPosition<STAGES>& position) {
     if (threadIdx.x % WARP_SIZE == 0) ring.empty[position.stage].arrive();
+}
+
+// The same where the stage is not read.
+template <int STAGES>
+RTK_DEVICE void let_go_by(RingBarriers<STAGES>& ring, RingPosition<STAGES>& position, Name name) {
+    wait_full(ring, position, name);
+    __syncwarp();
+    release(ring, position);
+    position.advance();
 }
 
 }  // namespace rtk

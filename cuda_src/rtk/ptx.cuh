@@ -42,13 +42,28 @@ RTK_DEVICE void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A value in global memory that no thread writes while the kernel runs.
-RTK_DEVICE int load_read_only(const int* address) {
+// A value in global memory, read here and now: the kernel before on the stream may have written it while this one was
+// there already.
+RTK_DEVICE int load_global(const int* address) {
     int value;
-    asm("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(address));
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
 }
 
+// Programmatic dependent launch: waits for the end of the kernel before on the stream; nothing in global memory may be
+// touched earlier. From then on the next kernel may start blocks where there is room for them, and waits for the end of
+// this one in turn. (Setting a block up while the kernel before ends saves 0.5 us a call.)
+RTK_DEVICE void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// A word whose lowest bits are set: none for a count of zero or less, all for 32 or more.
+RTK_DEVICE u32 low_bits(int count) {
+    u32 bits;
+    asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(max(count, 0)));
+    return bits;
+}
 RTK_DEVICE float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

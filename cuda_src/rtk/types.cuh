@@ -12,6 +12,11 @@ using i64 = long long;
 
 constexpr int WARP_SIZE = 32;
 constexpr int WARPGROUP_SIZE = 128;
+constexpr int CONSUMER_ROWS = 64;  // of a consumer warpgroup: what one wgmma multiplies
+
+constexpr int min_ct(int a, int b) {
+    return a < b ? a : b;
+}
 
 template <int A, int B>
 constexpr int ceil_div = (A + B - 1) / B;

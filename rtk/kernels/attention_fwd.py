@@ -17,11 +17,12 @@ from rtk.spec import SHARED_BYTES_PER_BLOCK, Binding, Bucket, KernelSpec, Operan
 _ELEMENT_BYTES = 2
 _SWIZZLE_PERIOD_BYTES = 1024  # regions of shared memory start at multiples of the widest swizzle pattern
 _BARRIER_BYTES = 16  # a full and an empty mbarrier
-_TILE_RING_BYTES = 40
+_TILE_RING_BYTES = 176
+_TURNED_BYTES = 4 * 2048  # of a consumer warpgroup, to turn rows of O in
 # Registers of a consumer thread by the number of consumer warpgroups, as setmaxnreg grants them; and how many of them
 # addresses, row statistics and the unrolled code need besides the accumulators (found by compiling the whole space).
-_CONSUMER_REGISTERS = {1: 232, 2: 232, 3: 160}
-_OTHER_REGISTERS = {1: 36, 2: 36, 3: 30}
+_CONSUMER_REGISTERS = {1: 232, 2: 232, 3: 160, 4: 112}
+_OTHER_REGISTERS = {1: 42, 2: 36, 3: 30, 4: 32}
 _L2_SHARE_BYTES = 16 << 20  # K and V of the heads in flight should fit in this much of L2
 _USUAL_SM_COUNT = 132  # of H100 and H200: more tiles than this take more than one round
 _LOG2_E = 1.4426950408889634
@@ -34,7 +35,9 @@ _CHECKED_ROWS = 48
 STATIC, DYNAMIC = 0, 1  # enum Scheduler
 _CONSUMER_ROWS = 64  # of a consumer warpgroup
 _BLOCK_NS = range(32, 193, 16)
-_STAGES = (2, 3)
+_STAGES = (2, 4)
+_LEAST_BLOCK_N = 64  # smaller ones were never the fastest, nor were four consumers that take turns
+_SMALL_STAGE_BYTES = 32 << 10  # of K and V together
 _FIRST_BLOCK_NS = (64, 80, 128)  # with these alone the model's picks were as good as with all
 _LEAST_SCALE = 2.0**-100
 
@@ -68,6 +71,7 @@ class _TileSchedule(ctypes.Structure):
         ("num_heads", ctypes.c_int32),
         ("num_heads_total", ctypes.c_int32),
         ("heads_per_group", ctypes.c_int32),
+        ("rows_before", ctypes.c_int32),
     )
 
 
@@ -110,9 +114,12 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _slab(head_dim: int) -> int:
-    """The widest slab that wastes no shared memory; narrow ones cost TMA requests, so a little waste is accepted."""
+    """The widest slab that wastes no shared memory; narrow ones cost TMA requests, so a little waste is accepted.
+
+    And more of it where rows of an array do not begin at sectors of 32 bytes, of which narrow slabs read twice as many.
+    """
     padded = _round_up(head_dim, 16)
-    if _round_up(padded, 64) * 7 <= padded * 8:
+    if _round_up(padded, 64) * 7 <= padded * 8 or (head_dim > 64 and head_dim % 16):
         return 64
     return 32 if padded % 32 == 0 else 16
 
@@ -124,29 +131,46 @@ def _tile_bytes(rows: int, head_dim: int, slab: int) -> int:
 @functools.lru_cache(maxsize=256)
 def _space(spec: AttentionFwd, specialization: tuple[tuple[str, int | bool], ...]) -> tuple[AttentionFwdConfig, ...]:
     """Every legal config for problems with this specialization; made once, since that takes milliseconds."""
-    choices = itertools.product(_CONSUMER_REGISTERS, _BLOCK_NS, _STAGES, (False, True), (STATIC, DYNAMIC))
+    block_ns = (n for n in _BLOCK_NS if n >= _LEAST_BLOCK_N)
+    choices = itertools.product(_CONSUMER_REGISTERS, block_ns, (False, True), (STATIC, DYNAMIC))
     found = (spec.make(dict(specialization), *each) for each in choices)
-    return tuple(config for config in found if spec.illegal(config) is None)
+    return tuple(c for c in found if spec.illegal(c) is None and not (c.NUM_CONSUMER_WARPGROUPS == 4 and c.PINGPONG))
+
+
+def _usual_stages(specialization: Mapping[str, int | bool], block_n: int) -> int:
+    """More of them where a step takes less time than a load; narrower heads than 64 columns load no faster.
+
+    Where both were measured, taking these alone cost 0.2 %.
+    """
+    columns = sum(max(specialization[name], 64) for name in ("HEAD_DIM", "HEAD_DIM_V"))
+    return _STAGES[1] if block_n * columns * _ELEMENT_BYTES <= _SMALL_STAGE_BYTES else _STAGES[0]
 
 
 class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
     name = "attention_fwd"
     header = "attention_fwd.cuh"
     parameters = AttentionFwdParams
+    programmatic_launch = True
 
     # ------------------------------------------------------------------------------------------------- the config space
 
     def config(self, problem: AttentionProblem, **choices: Any) -> AttentionFwdConfig:
         """The picked config with these choices in it. Where BLOCK_M or the number of consumers is chosen the other
-        follows, and BLOCK_N, unless chosen, is as wide as then fits."""
+        follows; BLOCK_N, unless chosen, is as wide as then fits, and STAGES follows from it."""
         if "NUM_CONSUMER_WARPGROUPS" not in choices and "BLOCK_M" in choices:
             choices["NUM_CONSUMER_WARPGROUPS"] = int(choices["BLOCK_M"]) // _CONSUMER_ROWS
         if "NUM_CONSUMER_WARPGROUPS" in choices:
             consumers = int(choices["NUM_CONSUMER_WARPGROUPS"])
             choices = {"BLOCK_M": _CONSUMER_ROWS * consumers, "PINGPONG": consumers > 1, **choices}
-        config = replace(self.pick(problem), **choices)
+        usual = self.pick(problem)
+
+        def chosen(block_n: int) -> AttentionFwdConfig:
+            stages = _usual_stages(self._specialization(problem), block_n)
+            return replace(usual, **{"BLOCK_N": block_n, "STAGES": stages, **choices})
+
+        config = chosen(int(choices.get("BLOCK_N", usual.BLOCK_N)))
         while "BLOCK_N" not in choices and self.illegal(config) and config.BLOCK_N > _BLOCK_NS[0]:
-            config = replace(config, BLOCK_N=config.BLOCK_N - 16)
+            config = chosen(config.BLOCK_N - 16)
         return config
 
     def make(
@@ -154,7 +178,6 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         specialization: Mapping[str, int | bool],
         consumers: int,
         block_n: int,
-        stages: int,
         pingpong: bool,
         scheduler: int,
     ) -> AttentionFwdConfig:
@@ -162,7 +185,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         return AttentionFwdConfig(
             BLOCK_M=_CONSUMER_ROWS * consumers,
             BLOCK_N=block_n,
-            STAGES=stages,
+            STAGES=_usual_stages(specialization, block_n),
             NUM_CONSUMER_WARPGROUPS=consumers,
             PINGPONG=pingpong,
             SCHEDULER=scheduler,
@@ -195,7 +218,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         """Why no kernel can be built of this config, or None."""
         consumers = config.NUM_CONSUMER_WARPGROUPS
         if consumers not in _CONSUMER_REGISTERS:
-            return f"NUM_CONSUMER_WARPGROUPS is {consumers}, not 1, 2 or 3"
+            return f"NUM_CONSUMER_WARPGROUPS is {consumers}, not 1, 2, 3 or 4"
         if config.BLOCK_M != _CONSUMER_ROWS * consumers:
             return f"BLOCK_M is {config.BLOCK_M}, not {_CONSUMER_ROWS} rows for each of {consumers} consumer warpgroups"
         if config.BLOCK_N not in _BLOCK_NS:
@@ -227,7 +250,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
     def first_picks(self, problem: AttentionProblem) -> list[AttentionFwdConfig]:
         usual = self.pick(problem)
         block_ns = {*_FIRST_BLOCK_NS, usual.BLOCK_N}
-        return [c for c in self.configs(problem) if c.STAGES == usual.STAGES and c.BLOCK_N in block_ns]
+        return [c for c in self.configs(problem) if c.BLOCK_N in block_ns]
 
     def pick(self, problem: AttentionProblem) -> AttentionFwdConfig:
         masked = problem.window_left is not None or problem.window_right is not None
@@ -244,9 +267,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         tiles = -(-problem.seqlen_q // (_CONSUMER_ROWS * consumers)) * problem.num_heads_q * problem.batch
         scheduler = DYNAMIC if tiles > _USUAL_SM_COUNT else STATIC
         specialization = self._specialization(problem)
-        candidates = (
-            self.make(specialization, consumers, n, _STAGES[0], pingpong, scheduler) for n in range(block_n, 0, -16)
-        )
+        candidates = (self.make(specialization, consumers, n, pingpong, scheduler) for n in range(block_n, 0, -16))
         return next(config for config in candidates if self.illegal(config) is None)
 
     def bucket(self, problem: AttentionProblem) -> Bucket:
@@ -288,18 +309,25 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         row_blocks = np.ceil(problem.seqlen_q / m)
         # Some query blocks of a head stand for all of them.
         sampled = (np.arange(_SAMPLED_BLOCKS)[:, None] + 0.5) / _SAMPLED_BLOCKS
-        first = np.floor(sampled * row_blocks) * m + problem.diagonal
-        last = np.minimum(first + m, problem.seqlen_q + problem.diagonal) - 1
-        low = np.zeros_like(first) if problem.window_left is None else np.clip(first - problem.window_left, 0, None)
-        high = np.full_like(first, problem.seqlen_k - 1)
-        if problem.window_right is not None:
-            high = np.minimum(high, last + problem.window_right)
-        steps = np.clip(np.floor(high / n) - np.floor(low / n) + 1, 0, None)
+
+        def steps_of(rows: Any) -> Any:
+            before = np.where(problem.window_right is None, 0, -problem.seqlen_q % rows)
+            begin = np.floor(sampled * np.ceil(problem.seqlen_q / rows)) * rows - before
+            first = np.maximum(begin, 0) + problem.diagonal
+            last = np.minimum(begin + rows, problem.seqlen_q) + problem.diagonal - 1
+            low = np.zeros_like(first) if problem.window_left is None else np.clip(first - problem.window_left, 0, None)
+            high = np.full_like(first, problem.seqlen_k - 1)
+            if problem.window_right is not None:
+                high = np.minimum(high, last + problem.window_right)
+            return np.clip(np.floor(high / n) - np.floor(low / n) + 1, 0, None)
+
+        steps, own = steps_of(m), steps_of(np.full_like(m, _CONSUMER_ROWS))
         columns = problem.head_dim + problem.head_dim_v
         masked_sides = (problem.window_left is not None) + (problem.window_right is not None)
         return {
             "tiles": row_blocks * problem.num_heads_q * problem.batch,
             "steps": steps.mean(axis=0),
+            "own_steps": np.minimum(own.mean(axis=0), steps.mean(axis=0)),
             "longest": steps.max(axis=0),
             "mma_flop": 2 * m * n * columns,
             "exponentials": m * n,
@@ -367,10 +395,14 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         return 128 * (config.NUM_CONSUMER_WARPGROUPS + 1)
 
     def shared_bytes(self, config: AttentionFwdConfig) -> int:
-        q = _tile_bytes(config.BLOCK_M, config.HEAD_DIM, config.SLAB_QK)
+        consumers = config.NUM_CONSUMER_WARPGROUPS
+        q = consumers * _tile_bytes(_CONSUMER_ROWS, config.HEAD_DIM, config.SLAB_QK)
         k = _tile_bytes(config.BLOCK_N, config.HEAD_DIM, config.SLAB_QK)
         v = _tile_bytes(config.BLOCK_N, config.HEAD_DIM_V, config.SLAB_V)
-        return q + config.STAGES * (k + v) + _BARRIER_BYTES * (1 + 2 * config.STAGES) + _TILE_RING_BYTES
+        barriers = _BARRIER_BYTES * (consumers + 2 * config.STAGES)
+        needed = q + config.STAGES * (k + v) + _round_up(barriers + _TILE_RING_BYTES, 128)
+        turned = consumers * _TURNED_BYTES  # only where it is to spare: TurnedArea in the kernel
+        return needed + turned if needed + turned <= SHARED_BYTES_PER_BLOCK else needed
 
     def grid(self, problem: AttentionProblem, config: AttentionFwdConfig, sm_count: int) -> int:
         tiles = -(-problem.seqlen_q // config.BLOCK_M) * problem.num_heads_q * problem.batch
@@ -385,7 +417,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         params.o_row_bytes = _ELEMENT_BYTES * row_stride
         # What one TMA request brings of each: (columns, rows).
         boxes = {
-            "q": (config.SLAB_QK, config.BLOCK_M),
+            "q": (config.SLAB_QK, _CONSUMER_ROWS),
             "k": (config.SLAB_QK, config.BLOCK_N),
             "v": (config.SLAB_V, config.BLOCK_N),
         }
@@ -406,6 +438,8 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         params.schedule.num_heads = problem.num_heads_q
         params.schedule.num_heads_total = problem.num_heads_q * problem.batch
         params.schedule.heads_per_group = self._heads_per_group(problem)
+        if config.MASK_RIGHT:  # the block that is not full is the first, which sees the fewest keys
+            params.schedule.rows_before = -problem.seqlen_q % config.BLOCK_M
         params.extent.seqlen_q = problem.seqlen_q
         params.extent.end_key = problem.seqlen_k
         # Clipped to where every query sees everything or nothing, so that row + diagonal fits 32 bits.
@@ -430,8 +464,10 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         if problem.window_right is None:
             return 1
         kv_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * _ELEMENT_BYTES
-        kv_heads = max(1, _L2_SHARE_BYTES // max(kv_bytes, 1))
-        return min(kv_heads * problem.heads_per_kv, problem.num_heads_q * problem.batch)
+        kv_heads = problem.num_heads_kv * problem.batch
+        groups = -(-kv_heads // max(1, _L2_SHARE_BYTES // max(kv_bytes, 1)))
+        # All of about one size: the blocks of a small last one would be too few to balance.
+        return -(-kv_heads // groups) * problem.heads_per_kv
 
 
 SPEC = AttentionFwd()
@@ -462,5 +498,6 @@ def _sample_problems() -> list[AttentionProblem]:
     problems += [replace(base, kv_ranges=True, **mask) for mask in masks]
     problems.append(replace(base, kv_ranges=True, head_dim=64, head_dim_v=64, window_right=0, dtype="float16"))
     problems.append(replace(base, softmax_scale=-0.1, dtype="float16"))
+    problems.append(replace(base, softmax_scale=-0.1, head_dim=64, head_dim_v=64, window_right=0))
     problems.append(replace(base, seqlen_q=1, head_dim=64, head_dim_v=64))
     return problems
