@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rtk.benchmarks import records, suites
-from rtk.benchmarks.report import readme
+from rtk.benchmarks.report import readme, standing
 from rtk.benchmarks.report.compare import compare
 from rtk.digest import sources_digest
 
@@ -159,16 +159,23 @@ def test_memory_grows_no_faster_than_the_sequence():
         assert found[131072] < 1.01 * 8 * 131072 * head_dim * 2 + (1 << 20), "the result, and next to nothing"
 
 
-def test_the_recorded_run_reaches_what_was_asked_of_it():
-    """At least 0.85 of the best peer, RMS error at most 1.1 of FA3's."""
-    cells = {}
-    for record in recorded("paper")["records"]:
-        if record["seqlen_q"] == 8192:
-            cells.setdefault((record["head_dim"], record["causal"]), {})[record["impl"]] = record
-    assert len(cells) == 6
-    for of in cells.values():
-        assert of["rtk"]["tflops"] >= 0.85 * max(of["fa3"]["tflops"], of["cudnn"]["tflops"])
-        assert of["rtk"]["rms_error"] <= 1.1 * of["fa3"]["rms_error"]
+@pytest.mark.parametrize(
+    ("suite", "times_the_best_peer"),
+    [("paper", 1.10), ("paper-fp16", 1.05), ("small", 1.05), ("long", 1.05), ("gqa", 1.05), ("ragged", 1.05)],
+)
+def test_no_peer_is_ahead_in_a_recorded_problem(suite, times_the_best_peer):
+    found = standing(records.read(RESULTS / f"{suite}.json").records)
+    assert (found.cells, found.losses) == (len(suites.find(suite).cells), 0)
+    assert found.geomean >= times_the_best_peer
+
+
+def test_recorded_errors_are_near_those_of_flash_attention_3():
+    """RMS, against float64: P is rounded as theirs is, but for the largest of a row (docs/kernel-notes.md)."""
+    cells = records.cells(records.read(RESULTS / "accuracy.json").records).values()
+    assert len(cells) == 24
+    for of in cells:
+        most = 1.4 if of["rtk"]["variant"] == "outliers" else 1.05
+        assert of["rtk"]["rms_error"] <= most * of["fa3"]["rms_error"]
 
 
 def cold_starts():
