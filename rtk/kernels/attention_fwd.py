@@ -128,6 +128,14 @@ def _tile_bytes(rows: int, head_dim: int, slab: int) -> int:
     return _round_up(rows * _round_up(_round_up(head_dim, 16), slab) * _ELEMENT_BYTES, _SWIZZLE_PERIOD_BYTES)
 
 
+def _rows_before(problem: AttentionProblem, block_m: Any) -> Any:
+    """How many rows the first query block (or each of several sizes) begins before the first query.
+
+    Under a mask on the right it is the one that is not full, because it sees the fewest keys.
+    """
+    return 0 if problem.window_right is None else -problem.seqlen_q % block_m
+
+
 @functools.lru_cache(maxsize=256)
 def _space(spec: AttentionFwd, specialization: tuple[tuple[str, int | bool], ...]) -> tuple[AttentionFwdConfig, ...]:
     """Every legal config for problems with this specialization; made once, since that takes milliseconds."""
@@ -311,8 +319,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         sampled = (np.arange(_SAMPLED_BLOCKS)[:, None] + 0.5) / _SAMPLED_BLOCKS
 
         def steps_of(rows: Any) -> Any:
-            before = np.where(problem.window_right is None, 0, -problem.seqlen_q % rows)
-            begin = np.floor(sampled * np.ceil(problem.seqlen_q / rows)) * rows - before
+            begin = np.floor(sampled * np.ceil(problem.seqlen_q / rows)) * rows - _rows_before(problem, rows)
             first = np.maximum(begin, 0) + problem.diagonal
             last = np.minimum(begin + rows, problem.seqlen_q) + problem.diagonal - 1
             low = np.zeros_like(first) if problem.window_left is None else np.clip(first - problem.window_left, 0, None)
@@ -438,8 +445,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
         params.schedule.num_heads = problem.num_heads_q
         params.schedule.num_heads_total = problem.num_heads_q * problem.batch
         params.schedule.heads_per_group = self._heads_per_group(problem)
-        if config.MASK_RIGHT:  # the block that is not full is the first, which sees the fewest keys
-            params.schedule.rows_before = -problem.seqlen_q % config.BLOCK_M
+        params.schedule.rows_before = _rows_before(problem, config.BLOCK_M)
         params.extent.seqlen_q = problem.seqlen_q
         params.extent.end_key = problem.seqlen_k
         # Clipped to where every query sees everything or nothing, so that row + diagonal fits 32 bits.
