@@ -11,6 +11,7 @@ _NUMBERS = (
     *("peak_extra_bytes", "softcap", "softmax_scale", "import_ms", "first_call_ms", "disk_call_ms", "second_call_ms"),
 )
 _POSITIVE = ("us", "us_q1", "us_q3", "cpu_us", "cpu_us_q1", "cpu_us_q3")
+META_OBJECTS = ("versions", "absent", "device", "ceilings", "clocks")  # of `meta`, where they are
 _SUITE = re.compile(r"\w[\w.-]*")
 _SIZES = ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v")
 
@@ -35,7 +36,7 @@ def wrong(contents: Any) -> str:
 def _wrong_meta(meta: dict[str, Any]) -> str:
     if not isinstance(meta.get("suite"), str) or not _SUITE.fullmatch(meta["suite"]):
         return "no `suite` in `meta`, of letters, digits, dots and dashes"
-    for key in ("versions", "absent", "device", "ceilings", "clocks"):
+    for key in META_OBJECTS:
         if not isinstance(meta.get(key) or {}, dict):
             return f"`{key}` in `meta` is no object"
     for key in ("ceilings", "device"):

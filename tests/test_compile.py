@@ -222,6 +222,6 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
     walls, cpus = zip(*times, strict=True)
     record_property("wall_s", walls)
     # CPU seconds, not the clock's, and the least of them: other tests share these two cores, and what runs beside it on
-    # a core's other half makes its seconds longer by a third, for half a minute at a time. Alone, all differ by a few
-    # percent.
+    # a core's other half makes its seconds longer, by a third and for several attempts in a row. Alone, all differ by a
+    # few percent.
     assert min(cpus) <= ONE_WITHIN_S, f"CPU seconds {cpus}, wall seconds {walls}"
