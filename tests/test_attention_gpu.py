@@ -130,8 +130,17 @@ def test_flash_attn_func(library: Any) -> None:
     assert all(same_bits(library, a, b) for a, b in zip(flash, ours, strict=True))
 
 
+def _check_causal_rows(q: Any, k: Any, v: Any, o: Any, lse: Any, end: int, label: str) -> None:
+    """The 64 rows before `end` against the keys they see: bottom-right makes them a problem of their own."""
+    rows, keys = slice(end - 64, end), slice(0, end)
+    part = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
+    o64, lse64 = attention_f64(*part, causal=True)
+    check(o[:, :, rows], o64, plain(*part, causal=True), yardstick.dtype_name(q), label=label)
+    check_lse(lse[:, :, rows], lse64, label=label)
+
+
 def test_a_long_sequence(gpu: Any, torch: Any) -> None:
-    """Row blocks of a causal 16K, each against its own keys: bottom-right makes a block a problem of its own."""
+    """Row blocks of a causal 16K."""
     for dims, dtype in (((64, 64), torch.float16), ((128, 128), torch.bfloat16), ((256, 256), torch.bfloat16)):
         generator = torch.Generator("cuda").manual_seed(1)
         q, k, v = (
@@ -140,12 +149,7 @@ def test_a_long_sequence(gpu: Any, torch: Any) -> None:
         )
         o, lse = rtk.attention(q, k, v, causal=True, return_lse=True)
         for end in (64, 1000, 8192, 12345, 16384):
-            rows, keys = slice(end - 64, end), slice(0, end)
-            part = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
-            o64, lse64 = attention_f64(*part, causal=True)
-            label = f"{dims} {dtype} rows to {end}"
-            check(o[:, :, rows], o64, plain(*part, causal=True), yardstick.dtype_name(q), label=label)
-            check_lse(lse[:, :, rows], lse64, label=label)
+            _check_causal_rows(q, k, v, o, lse, end, f"{dims} {dtype} rows to {end}")
 
 
 def test_a_quarter_of_a_million_rows(torch: Any) -> None:
@@ -162,13 +166,9 @@ def test_a_quarter_of_a_million_rows(torch: Any) -> None:
     results = o.numel() * o.element_size() + lse.numel() * lse.element_size()
     assert torch.cuda.max_memory_allocated() - before <= results + (1 << 20)
     for end in (64, 99_999, 200_000, 262_144):
-        rows, keys = slice(end - 64, end), slice(0, end)
         for head in range(0, 8, 3):
-            part = tuple(x[:, head : head + 1] for x in (q[:, :, rows], k[:, :, keys], v[:, :, keys]))
-            o64, lse64 = attention_f64(*part, causal=True)
-            label = f"rows to {end} of head {head}"
-            check(o[:, head : head + 1, rows], o64, plain(*part, causal=True), "bfloat16", label=label)
-            check_lse(lse[:, head : head + 1, rows], lse64, label=label)
+            of_head = (x[:, head : head + 1] for x in (q, k, v, o, lse))
+            _check_causal_rows(*of_head, end, f"rows to {end} of head {head}")
 
 
 def test_many_small_problems(gpu: Any, any_library: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rtk import shapes
+from rtk.autotune import locks
 from rtk.benchmarks import measure, peers, profile
 from rtk.cli import main
 from rtk.errors import RtkError, ToolchainError
@@ -27,8 +27,8 @@ def ncu(gpu):
     except ToolchainError:
         pytest.skip("ncu is not installed")
     # Two at a time fail now and then: "Failed to prepare kernel for profiling".
-    with open(Path(tempfile.gettempdir(), "rtk-tests-ncu.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locks.held(Path(tempfile.gettempdir(), "rtk-tests-ncu.lock"), "ncu", 600) as alone:
+        assert alone, "another process has held ncu for ten minutes"
         yield found
 
 
