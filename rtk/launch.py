@@ -115,8 +115,8 @@ class Plan:
         title: str,
         programmatic: bool = False,
     ) -> None:
-        self._programmatic = programmatic
         self.device, self.grid, self.threads, self.shared_bytes = device, grid, threads, shared_bytes
+        self._programmatic = programmatic
         self.title = title  # of its NVTX range
         self.arrays = (*(operand.field for operand in binding.tensors), *binding.pointers)
         self.workspace_bytes = binding.workspace_bytes
@@ -166,6 +166,7 @@ class Plan:
             binding,
             **sizes,
             title=title,
+            # Two kernels at a time would take the multiprocessors that are to be left.
             programmatic=spec.programmatic_launch and not sm_margin,
         )
 

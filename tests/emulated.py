@@ -1,4 +1,5 @@
-"""The Hopper kernel's arithmetic on the CPU: its tiles and their order, its roundings, what it masks and visits.
+"""The Hopper kernel's arithmetic on the CPU: its tiles and their order, its roundings, what it masks and visits. Maxima
+are followed exactly, where the kernel leaves them too low.
 
 What the fuzzed properties allow for is so tried without a GPU: they must hold for this, and not for it with a fault.
 """

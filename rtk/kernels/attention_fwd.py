@@ -61,7 +61,7 @@ class AttentionFwdConfig:
     MASK_LEFT: bool
     MASK_RIGHT: bool
     SOFTCAP: bool
-    PRESCALE: bool  # softmax_scale <= 0: scores are scaled before their maximum is taken
+    PRESCALE: bool  # softmax_scale below 2^-100, zero or negative: scores are scaled before their maximum is taken
     KV_RANGES: bool  # each sequence has a range of keys of its own
 
 
@@ -211,7 +211,7 @@ class AttentionFwd(KernelSpec[AttentionProblem, AttentionFwdConfig]):
             "MASK_LEFT": problem.window_left is not None,
             "MASK_RIGHT": problem.window_right is not None,
             "SOFTCAP": problem.softcap > 0,
-            # A scale that float32 cannot tell from zero would make NaN of a masked score.
+            # The softmax divides by its scale: multiples of the reciprocal must be finite.
             "PRESCALE": problem.softcap == 0 and problem.softmax_scale < _LEAST_SCALE,
             "KV_RANGES": problem.kv_ranges,
         }
